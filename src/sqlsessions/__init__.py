@@ -1,0 +1,30 @@
+"""Server-side login sessions for FastAPI and Starlette, kept in a table of your own SQL database."""
+
+from sqlsessions.backends.base import Backend as Backend
+from sqlsessions.backends.base import UserSessions as UserSessions
+from sqlsessions.backends.memory import InMemoryBackend as InMemoryBackend
+from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend as SQLAlchemyBackend
+from sqlsessions.errors import BackendError as BackendError
+from sqlsessions.errors import BackendReadOnly as BackendReadOnly
+from sqlsessions.errors import BackendTimeout as BackendTimeout
+from sqlsessions.errors import BackendUnavailable as BackendUnavailable
+from sqlsessions.errors import ConfigurationError as ConfigurationError
+from sqlsessions.errors import CorruptData as CorruptData
+from sqlsessions.errors import DuplicateId as DuplicateId
+from sqlsessions.errors import HeadersSent as HeadersSent
+from sqlsessions.errors import InvalidData as InvalidData
+from sqlsessions.errors import SchemaMissing as SchemaMissing
+from sqlsessions.errors import SessionConflict as SessionConflict
+from sqlsessions.errors import SessionError as SessionError
+from sqlsessions.errors import SessionGone as SessionGone
+from sqlsessions.errors import SessionNotLoaded as SessionNotLoaded
+from sqlsessions.events import Event as Event
+from sqlsessions.fastapi import CurrentSession as CurrentSession
+from sqlsessions.fastapi import CurrentUserId as CurrentUserId
+from sqlsessions.middleware import SessionAutoloadMiddleware as SessionAutoloadMiddleware
+from sqlsessions.middleware import SessionMiddleware as SessionMiddleware
+from sqlsessions.middleware import load_session as load_session
+from sqlsessions.purge import purge as purge
+from sqlsessions.record import Expected as Expected
+from sqlsessions.record import Record as Record
+from sqlsessions.session import Session as Session

@@ -1,0 +1,731 @@
+"""What the middleware does around a handler: load before it, commit after it.
+
+cookie values ── open ──▶ Visit        signature checked; a forged cookie ends here, before any SQL Visit ── load ──▶
+Session              one SELECT; not there, expired, superseded or corrupt: an anonymous session and an event handler
+reads and writes the dict, marks login(), renew(), revoke() Visit ── commit ──▶ CookieChange       `decide` names the
+one action owed; a compare-and-swap carries it out
+
+`decide` is the decision table: a pure function of what is known, with a test for every row.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from enum import Enum, auto
+from typing import Any, Literal
+from uuid import UUID
+from weakref import WeakValueDictionary
+
+from sqlsessions.backends.base import Backend
+from sqlsessions.credentials import CookieSigner, Credential, new_id, new_secret, next_version, proves
+from sqlsessions.errors import (
+    BackendError,
+    BackendUnavailable,
+    CorruptData,
+    DuplicateId,
+    HeadersSent,
+    InvalidData,
+    SessionConflict,
+    SessionGone,
+    SessionNotLoaded,
+)
+from sqlsessions.events import Event, EventHook, EventKind, emitter
+from sqlsessions.payload import Limits, changed_keys, decode, encode, merge
+from sqlsessions.record import Expected, Record, Timeouts, principal, utc_now
+from sqlsessions.session import Change, Marks, Session
+
+UserKey = str | Callable[[Mapping[str, Any]], str | int | None] | None
+OnUnavailable = Literal["raise", "anonymous"]
+
+#: Tries of one commit. In one process writers of a session queue, so only other processes can make one lose; each
+#: loss has a winner.
+_TRIES = 30
+
+
+class Action(Enum):
+    """What a commit owes the database and the browser."""
+
+    NOTHING = auto()
+    INSERT = auto()
+    UPDATE = auto()
+    #: An update that also changes the secret.
+    RENEW = auto()
+    #: Delete by id, whatever has become of the row.
+    DELETE = auto()
+    DELETE_THEN_INSERT = auto()
+    #: Delete if nobody has written meanwhile.
+    DELETE_UNCHANGED = auto()
+    #: Another user: delete if nobody has written meanwhile, then insert what this request has set.
+    SWITCH_USER = auto()
+    TOUCH = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known when a commit is decided."""
+
+    #: A live row was loaded.
+    stored: bool
+    #: The row turned out gone or superseded earlier in this request.
+    gone: bool = False
+    #: The handler called clear() or revoke().
+    ended: bool = False
+    #: The response is a 5xx, or the application raised.
+    failed: bool = False
+    #: There is neither data nor a user.
+    empty: bool = False
+    changed: bool = False
+    #: The user is another than the stored one, who was somebody too.
+    switched: bool = False
+    #: login(), renew(), or the user was bound or unbound.
+    renewed: bool = False
+    #: set_timeouts() or persistent.
+    settings: bool = False
+    touch_due: bool = False
+
+
+def decide(facts: Facts) -> Action:  # noqa: PLR0911 - a row of the table each
+    """Return the one action owed. The decision table; pure and total."""
+    if facts.failed:
+        return Action.DELETE if facts.stored and facts.ended else Action.NOTHING
+    if not facts.stored:
+        return Action.NOTHING if facts.empty or (facts.gone and not facts.ended) else Action.INSERT
+    if facts.ended:
+        return Action.DELETE if facts.empty else Action.DELETE_THEN_INSERT
+    if facts.empty and facts.changed:
+        return Action.DELETE_UNCHANGED
+    if facts.switched:
+        return Action.SWITCH_USER
+    if facts.renewed:
+        return Action.RENEW
+    if facts.changed or facts.settings:
+        return Action.UPDATE
+    return Action.TOUCH if facts.touch_due else Action.NOTHING
+
+
+#: Actions that are worth nothing without a cookie.
+_NEED_COOKIE = frozenset({Action.INSERT, Action.RENEW, Action.DELETE_THEN_INSERT, Action.SWITCH_USER})
+
+
+@dataclass(frozen=True, slots=True)
+class CookieChange:
+    """What the browser has to be told: a new *value* for *max_age* seconds or until it closes, or with None to forget
+    the cookie.
+    """
+
+    value: str | None
+    max_age: int | None = None
+
+    def __repr__(self) -> str:
+        return f"<CookieChange {'expire' if self.value is None else 'set'}>"
+
+
+class SessionManager:
+    """Loads and commits sessions of one cookie against one backend."""
+
+    def __init__(
+        self,
+        *,
+        backend: Backend,
+        signer: CookieSigner,
+        timeouts: Timeouts,
+        limits: Limits,
+        user_key: UserKey = "user_id",
+        persistent: bool = False,
+        on_unavailable: OnUnavailable = "raise",
+        on_event: EventHook | None = None,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self.backend = backend
+        self.signer = signer
+        self.timeouts = timeouts
+        self.limits = limits
+        self.user_key = user_key
+        self.persistent = persistent
+        self.on_unavailable = on_unavailable
+        self.emit = emitter(on_event)
+        self.clock = clock
+        self.turns = _Turns()
+        self._commits: set[asyncio.Task[None]] = set()
+
+    def open(self, values: Sequence[bytes], *, client: Callable[[], str | None] = lambda: None) -> "Visit":
+        """Return the visit of a request that sent these cookie *values*; verifies them and does no I/O.
+
+        Two genuine but different ones are both refused: which of them wins must not depend on their order (RFC
+        6265bis §4.2.2).
+        """
+        genuine = {unsigned[0]: unsigned[1] for value in values if (unsigned := self.signer.unsign(value)) is not None}
+        if len(genuine) == 1:
+            ((credential, stale_key),) = genuine.items()
+            return Visit(self, credential, stale_key=stale_key, client=client)
+        if values:
+            self.emit(Event("duplicate_cookie" if genuine else "bad_signature"))
+        return Visit(self, None, client=client)
+
+    def begin(self, commit: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Return *commit* under way, as a task of its own: a client that disconnects leaves nothing half-way."""
+        task = asyncio.create_task(commit)
+        self._commits.add(task)
+        task.add_done_callback(self._settled)
+        return task
+
+    async def drain(self) -> None:
+        """Wait for the commits whose callers have gone."""
+        loop = asyncio.get_running_loop()
+        while running := {task for task in self._commits if task.get_loop() is loop}:
+            await asyncio.wait(running)
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        self._commits.discard(task)
+        if not task.cancelled():
+            task.exception()  # the caller may have gone: nobody else will look
+
+
+class Visit:
+    """One request's dealings with its session: what was loaded, what is owed. The session's `SessionOps`."""
+
+    def __init__(
+        self,
+        manager: SessionManager,
+        credential: Credential | None,
+        *,
+        stale_key: bool = False,
+        client: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._manager = manager
+        self._credential = credential
+        self._stale_key = stale_key
+        self._client = client
+        self._presented = credential is not None
+        self._loaded = False
+        self._gone = False
+        self._failure: BackendError | None = None
+        #: When a touch was last tried, done or not.
+        self._touched_at: datetime | None = None
+        #: The latest commit, perhaps under way still.
+        self._commit: asyncio.Task[None] | None = None
+        #: The stored row, as last loaded or committed.
+        self.record: Record | None = None
+        self.session = Session(self)
+        #: Set by the middleware when a cookie can no longer be sent.
+        self.headers_sent = False
+        #: What the handler was last told instead of being served: an outage, a conflict, a session that is gone.
+        self.refusal: BackendError | SessionConflict | SessionGone | None = None
+        #: What the response must tell the browser; later commits replace it.
+        self.cookie: CookieChange | None = None
+
+    @property
+    def user_key(self) -> str | None:
+        """The top-level key that holds the user, if it is a key."""
+        key = self._manager.user_key
+        return key if isinstance(key, str) else None
+
+    @property
+    def persistent_by_default(self) -> bool:
+        """Whether the cookie of a session that does not say so outlives the browser."""
+        return self._manager.persistent
+
+    def check_usable(self) -> None:
+        """Raise `SessionNotLoaded`, or again the error with which loading failed."""
+        if not self._loaded:
+            raise SessionNotLoaded(
+                "the session has not been loaded: await load_session(request), or depend on CurrentSession "
+                "(autoload_cookie=False, or the path is in skip)"
+            )
+        if self._failure is not None and self._manager.on_unavailable == "raise":
+            self.refusal = type(self._failure)(*self._failure.args)
+            raise self.refusal
+
+    def user_of(self, data: Mapping[str, Any]) -> str | None:
+        """Return the user *data* is bound to. Raises `InvalidData` for what cannot be a user id."""
+        key, login = self._manager.user_key, self.session.marks.login
+        if key is None:
+            bound = None if self.session.marks.ended or self.record is None else self.record.user_id
+            return login or bound
+        found = self._user_in(data)
+        if login is not None and found != login:
+            raise InvalidData(
+                "login() was called for one user, but user_key finds another in the data: set both to the same"
+            )
+        return found
+
+    def _user_in(self, data: Mapping[str, Any]) -> str | None:
+        key = self._manager.user_key
+        if callable(key):
+            return principal(key(dict(data)))
+        return None if key is None else principal(data.get(key))
+
+    def differs(self, data: Mapping[str, Any]) -> bool:
+        """Tell whether *data* is other than what is stored."""
+        return bool(changed_keys(decode(self.record.data) if self.record else {}, data))
+
+    async def load(self) -> Session:
+        """Return the session, loaded: one SELECT if the cookie was genuine, nothing if it is loaded already.
+
+        Never raises for a sick backend: the error is kept and raised by the first access, so that routes which do not
+        use the session work.
+        """
+        if self._loaded and self._failure is None:
+            return self.session
+        self._failure = None
+        if self._credential is not None:
+            try:
+                await self._admit(self._credential)
+            except BackendError as error:
+                self._failure = error
+                self._emit("unavailable", detail=type(error).__name__)
+        self._loaded = True
+        return self.session
+
+    async def save(self) -> None:
+        """Commit now. Raises `SessionGone` if the session has ended."""
+        if self._gone and not self.session.marks.ended:
+            raise SessionGone("the session ended while the request ran")
+        await self.commit()
+
+    async def reload(self) -> None:
+        """Read again and drop what was not committed."""
+        self.session.marks = Marks()
+        if self.record is None:
+            dict.clear(self.session)
+        else:
+            self._fill(await self._current())
+
+    async def atomic(self, change: Change) -> dict[str, Any]:
+        """Apply *change* to what is stored and commit it; see `Session.atomic`."""
+        if self.session.marks.ended:
+            await self.commit()
+        await self._previous()
+        self._check_writable()
+        if self._gone:
+            raise SessionGone("the session ended while the request ran")
+        result: dict[str, Any] = {}
+
+        async def apply() -> None:
+            result.update(await (self._begin_with(change) if self.record is None else self._swap_in(change)))
+
+        await self._whole(apply())
+        return result
+
+    async def commit(self, *, failed: bool = False, may_touch: bool = True) -> None:
+        """Write what this request owes; sets `cookie`. With *failed* (a 5xx, an exception) only ends a session that
+        was to end.
+
+        Raises `SessionGone` when the session ended meanwhile and a change was dropped, `SessionConflict`,
+        `HeadersSent`, `InvalidData` or `BackendError`; nothing was written then, but for what had to be deleted.
+        """
+        if not self._loaded or (self._failure is not None and not self.session.accessed):
+            return
+        if failed and not self.session.marks.ended:
+            return
+        await self._previous()
+        draft = self._draft(failed=failed, may_touch=may_touch)
+        # A logout that could not find its session must not look like one that did.
+        refused = self._failure is not None and self.session.marks.ended and not failed
+        if draft.action is Action.NOTHING and not refused:
+            return
+        self._check_writable()
+        await self._whole(self._carry_out(draft, failed=failed, may_touch=may_touch))
+
+    def _check_writable(self) -> None:
+        if self._failure is not None:
+            raise BackendUnavailable("the session could not be loaded, so it cannot be written") from self._failure
+
+    async def _previous(self) -> None:
+        """Wait for a commit of this very request: one in another task, or one whose caller was cancelled."""
+        while self._commit is not None and not self._commit.done():
+            await asyncio.wait({self._commit})
+
+    async def _whole(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await *work*, which goes on to its end even if the caller is cancelled."""
+        task = self._commit = self._manager.begin(self._told(work))
+        await asyncio.wait({task})
+        task.result()
+
+    def _fill(self, record: Record) -> None:
+        """Take *record* for what is stored, and its data for the session's."""
+        data = decode(record.data)
+        self.record = record
+        dict.clear(self.session)
+        dict.update(self.session, data)
+
+    async def _admit(self, credential: Credential) -> None:
+        """Load the session *credential* is for, or leave the visitor anonymous and say why. A client's id is never
+        adopted (R2).
+        """
+        now = self._manager.clock()
+        try:
+            record = await self._manager.backend.load(credential.id, now)
+            refusal = self._refusal(credential, record, now)
+            if refusal is None and record is not None:
+                self._fill(record)
+        except CorruptData:
+            refusal = "corrupt"
+        if refusal is not None:
+            self._emit(refusal)
+            self._credential = None
+
+    def _refusal(self, credential: Credential, record: Record | None, now: datetime) -> EventKind | None:
+        if record is None:
+            return "unknown"
+        if not proves(credential, record.secret_hash):
+            return "superseded"
+        return "expired" if self._manager.timeouts.expired(record, now) else None
+
+    def _draft(self, *, failed: bool, may_touch: bool) -> "_Draft":
+        """Return what would be written now, and the action owed."""
+        marks, record, now = self.session.marks, self.record, self._manager.clock()
+        quiet = failed or not (self.session.accessed or self._stale_key)
+        data = dict(dict.items(self.session))  # a look that is no access
+        user = None if quiet else self.user_of(data)
+        empty = user is None and not data
+        text = "" if quiet or (empty and record is None) else encode(data, self._manager.limits)
+        stored = record is not None
+        before = record.user_id if record is not None and not marks.ended else None
+        facts = Facts(
+            stored=stored,
+            gone=self._gone,
+            ended=marks.ended,
+            failed=failed,
+            empty=empty,
+            changed=stored and not quiet and text != (record.data if record else ""),
+            switched=not quiet and before is not None and user is not None and user != before,
+            renewed=not quiet and (user != before or marks.renew or marks.login is not None),
+            settings=marks.timeouts or marks.persistent is not None,
+            touch_due=may_touch and self._touch_due(now),
+        )
+        action = Action.NOTHING if quiet and not failed else decide(facts)
+        return _Draft(action, text, user, now)
+
+    def _touch_due(self, now: datetime) -> bool:
+        """Tell whether the session's use is worth a write. A cookie of an old key is: it is re-issued if the touch
+        finds the row. A touch whose cookie can no longer be sent waits for another response, and one that failed for
+        another interval.
+        """
+        record, timeouts = self.record, self._manager.timeouts
+        if record is None or (self.headers_sent and (self._stale_key or record.persistent)):
+            return False
+        if self._touched_at is not None and now - self._touched_at < timeouts.touch_interval(record):
+            return False
+        return self._stale_key or (self.session.accessed and timeouts.touch_due(record, now))
+
+    async def _told(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await *work*, and tell of a backend that could not do it, even if nobody waits for it any more."""
+        try:
+            await work
+        except BackendError as error:
+            self.refusal = error
+            self._emit("unavailable", detail=type(error).__name__)
+            raise
+        except (SessionConflict, SessionGone) as error:
+            self.refusal = error
+            raise
+
+    async def _carry_out(self, draft: "_Draft", *, failed: bool, may_touch: bool) -> None:
+        """Perform *draft*; whenever another writer was faster, load and merge and decide again."""
+        if await self._perform(draft):
+            return
+        record_id = self.record.id if self.record else None
+        async with self._manager.turns.of(record_id):
+            for attempt in range(1, _TRIES):
+                await self._rebase()
+                draft = self._draft(failed=failed, may_touch=may_touch)
+                if await self._perform(draft):
+                    return
+                await _back_off(attempt)
+        raise self._conflict()
+
+    async def _perform(self, draft: "_Draft") -> bool:  # noqa: C901 - a case for each action
+        """Carry out the action; False if a compare-and-swap found another row than was read."""
+        if self.headers_sent and draft.action in _NEED_COOKIE:
+            raise HeadersSent(
+                "a new session, renew() or login() needs a cookie, but the response headers have been sent"
+            )
+        match draft.action:
+            case Action.NOTHING:
+                return True
+            case Action.TOUCH:
+                await self._touch(draft)
+                return True
+            case Action.INSERT:
+                await self._insert(draft.text, draft)
+            case Action.DELETE:
+                await self._delete()
+            case Action.DELETE_THEN_INSERT:
+                await self._delete()
+                await self._insert(draft.text, draft)
+            case Action.DELETE_UNCHANGED:
+                if not await self._delete(self._expected(draft.now)):
+                    return False
+            case Action.SWITCH_USER:
+                ours = self._set_here()
+                if not await self._delete(self._expected(draft.now)):
+                    return False
+                dict.clear(self.session)
+                dict.update(self.session, ours)
+                await self._insert(encode(ours, self._manager.limits), draft)
+            case Action.UPDATE | Action.RENEW:
+                if not await self._replace(draft):
+                    return False
+        self.session.marks = Marks()
+        return True
+
+    async def _insert(self, text: str, draft: "_Draft") -> None:
+        """Create the row under an id and a secret of our own making; a taken id is not overwritten but left for
+        another (R5).
+        """
+        marks, manager = self.session.marks, self._manager
+        credential = Credential(new_id(draft.now), new_secret())
+        record = Record(
+            id=credential.id,
+            secret_hash=credential.secret_hash,
+            user_id=draft.user,
+            data=text,
+            version=0,
+            created_at=draft.now,
+            last_seen_at=draft.now,
+            expires_at=draft.now,
+            authenticated_at=draft.now if draft.user is not None else None,
+            idle_timeout=marks.idle_timeout,
+            persistent=manager.persistent if marks.persistent is None else marks.persistent,
+            client=self._client(),
+        )
+        record = replace(record, expires_at=manager.timeouts.expires_at(record))
+        try:
+            await manager.backend.insert(record)
+        except DuplicateId:
+            credential = Credential(new_id(draft.now), credential.secret)
+            record = replace(record, id=credential.id)
+            await manager.backend.insert(record)
+        self._adopt(record, credential)
+        self._gone = False
+        self._emit("created")
+        if draft.user is not None:
+            self._emit("bound")
+
+    async def _replace(self, draft: "_Draft") -> bool:
+        """Update the row, with a new secret if that is owed, if it still is the one that was read."""
+        before, credential = self._standing()
+        renewed = draft.action is Action.RENEW
+        fresh = Credential(before.id, new_secret()) if renewed else credential
+        record = self._next(before, draft, fresh.secret_hash)
+        if not await self._manager.backend.replace(record, self._expected(draft.now)):
+            return False
+        self._adopt(record, fresh, told=renewed or self._to_be_told(before, record))
+        if renewed:
+            self._emit("renewed")
+        if record.user_id != before.user_id:
+            self._emit("unbound" if record.user_id is None else "bound")
+        return True
+
+    def _next(self, before: Record, draft: "_Draft", secret_hash: bytes) -> Record:
+        """Return the row that *draft* makes of *before*.
+
+        ``expires_at`` is indexed: it moves only when a touch is due, so that on PostgreSQL most updates stay heap-only.
+        """
+        marks, timeouts = self.session.marks, self._manager.timeouts
+        renewed = draft.action is Action.RENEW
+        authenticated_at = before.authenticated_at
+        if draft.user is None:
+            authenticated_at = None
+        elif draft.user != before.user_id or marks.login is not None:
+            authenticated_at = draft.now
+        record = replace(
+            before,
+            secret_hash=secret_hash,
+            user_id=draft.user,
+            data=draft.text,
+            version=next_version(before.version),
+            authenticated_at=authenticated_at,
+            idle_timeout=marks.idle_timeout if marks.timeouts else before.idle_timeout,
+            persistent=before.persistent if marks.persistent is None else marks.persistent,
+        )
+        if renewed or marks.timeouts or timeouts.touch_due(before, draft.now):
+            record = replace(record, last_seen_at=max(before.last_seen_at, draft.now))
+            until = timeouts.expires_at(record)
+            # Only an idle timeout of the session's own may shorten what was promised.
+            record = replace(record, expires_at=until if marks.timeouts else max(before.expires_at, until))
+        return record
+
+    async def _touch(self, draft: "_Draft") -> None:
+        """Extend the expiry. A failure is an event and nothing more: the response does not depend on it."""
+        self._touched_at = draft.now
+        before, credential = self._standing()
+        until = self._manager.timeouts.expires_at(replace(before, last_seen_at=draft.now))
+        try:
+            touched = await self._manager.backend.touch(before.id, before.secret_hash, now=draft.now, expires_at=until)
+        except BackendError as error:
+            self._emit("unavailable", detail=type(error).__name__)
+            return
+        if touched:
+            record = replace(before, last_seen_at=draft.now, expires_at=max(before.expires_at, until))
+            self._adopt(record, credential, told=self._to_be_told(before, record))
+
+    async def _delete(self, expected: Expected | None = None) -> bool:
+        """Delete the row, or only if it still is as *expected*; then there is no session any more."""
+        before, _ = self._standing()
+        deleted = await self._manager.backend.delete(before.id, expected)
+        if expected is not None and not deleted:
+            return False
+        if deleted:
+            self._emit("revoked")
+        self.record = self._credential = None
+        # A cookie that this very request would have set is just not sent.
+        self.cookie = CookieChange(None) if self._presented else None
+        return True
+
+    def _adopt(self, record: Record, credential: Credential, *, told: bool = True) -> None:
+        """Take *record* for what is stored now; *told* if the browser must learn of it."""
+        self.record, self._credential = record, credential
+        if told:
+            self._stale_key = False
+            self.cookie = CookieChange(self._manager.signer.sign(credential), self._max_age(record))
+
+    def _max_age(self, record: Record) -> int | None:
+        if not record.persistent:
+            return None
+        return max(1, -(-(record.expires_at - self._manager.clock()) // timedelta(seconds=1)))
+
+    def _to_be_told(self, before: Record, record: Record) -> bool:
+        """Tell whether the browser's copy of the cookie is out of date: its key, or how long it is kept."""
+        kept = record.persistent and record.expires_at != before.expires_at
+        return self._stale_key or kept or record.persistent != before.persistent
+
+    async def _rebase(self) -> None:
+        """Load what is stored now and put this request's changes on top of it, key by key."""
+        before, _ = self._standing()
+        baseline = decode(before.data)
+        ours = dict(self.session.items())
+        self._fill(await self._current())
+        theirs = dict(self.session.items())
+        dict.clear(self.session)
+        dict.update(self.session, merge(baseline, theirs, ours))
+
+    async def _current(self) -> Record:
+        """Return the row as it is stored now; raise `SessionGone` if it is no longer this visitor's."""
+        before, credential = self._standing()
+        now = self._manager.clock()
+        record = await self._manager.backend.load(before.id, now)
+        refusal = self._refusal(credential, record, now)
+        if record is None or refusal is not None:
+            self._emit("superseded" if refusal == "superseded" else "gone")
+            self.record = self._credential = self.cookie = None
+            self._gone = True
+            raise SessionGone("the session ended while the request ran: the change was not stored")
+        return record
+
+    async def _begin_with(self, change: Change) -> dict[str, Any]:
+        """Create the session with what *change* makes of nothing; pending keys follow with the next commit."""
+        if self.headers_sent:
+            raise HeadersSent("a new session needs a cookie, but the response headers have been sent")
+        pending = dict(self.session.items())
+        result = _apply(change, {})
+        text = encode(result, self._manager.limits)
+        if result:
+            draft = _Draft(Action.INSERT, text, self._user_in(result), self._manager.clock())
+            await self._insert(text, draft)
+        dict.update(self.session, merge({}, result, pending))
+        return result
+
+    async def _swap_in(self, change: Change) -> dict[str, Any]:
+        """Commit what *change* makes of the stored data, from the row that was loaded if nobody else is at it."""
+        record, _ = self._standing()
+        waited = self._manager.turns.taken(record.id)
+        async with self._manager.turns.of(record.id):
+            for attempt in range(_TRIES):
+                if waited or attempt:
+                    await self._rebase()
+                    await _back_off(attempt)
+                result = await self._try_change(change)
+                if result is not None:
+                    return result
+        raise self._conflict()
+
+    async def _try_change(self, change: Change) -> dict[str, Any] | None:
+        before, credential = self._standing()
+        baseline, pending, now = decode(before.data), dict(self.session.items()), self._manager.clock()
+        result = _apply(change, decode(before.data))
+        if self._user_in(result) != self._user_in(baseline):
+            raise InvalidData("atomic() cannot change whose session it is: use login()")
+        text = encode(result, self._manager.limits)
+        if text != before.data:
+            marks, self.session.marks = self.session.marks, Marks()
+            record = self._next(before, _Draft(Action.UPDATE, text, before.user_id, now), before.secret_hash)
+            self.session.marks = marks
+            if not await self._manager.backend.replace(record, self._expected(now)):
+                return None
+            self._adopt(record, credential, told=self._to_be_told(before, record))
+        dict.clear(self.session)
+        dict.update(self.session, merge(baseline, decode(text), pending))
+        return result
+
+    def _set_here(self) -> dict[str, Any]:
+        """Return the keys this request has set."""
+        ours = dict(self.session.items())
+        changed = changed_keys(decode(self._standing()[0].data), ours)
+        return {key: value for key, value in ours.items() if key in changed}
+
+    def _standing(self) -> tuple[Record, Credential]:
+        assert self.record is not None  # noqa: S101 - `decide` asks for these only where a row was loaded
+        assert self._credential is not None  # noqa: S101
+        return self.record, self._credential
+
+    def _expected(self, now: datetime) -> Expected:
+        record, credential = self._standing()
+        return Expected(record.version, credential.secret_hash, now)
+
+    def _conflict(self) -> SessionConflict:
+        self._emit("conflict")
+        return SessionConflict(f"other writers of this session were faster {_TRIES} times; nothing was stored")
+
+    def _emit(self, kind: EventKind, *, detail: str | None = None) -> None:
+        session_id = self.record.id if self.record else self._credential.id if self._credential else None
+        self._manager.emit(Event(kind, session_id, self.record.user_id if self.record else None, detail=detail))
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """What a commit is about to write."""
+
+    action: Action
+    text: str
+    user: str | None
+    now: datetime
+
+
+class _Turns:
+    """One lock per session of this process: writers that lost a race queue instead of racing on."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[tuple[int, UUID | None], asyncio.Lock] = WeakValueDictionary()
+
+    def taken(self, session_id: UUID) -> bool:
+        """Tell whether somebody has the turn."""
+        lock = self._locks.get((id(asyncio.get_running_loop()), session_id))
+        return lock is not None and lock.locked()
+
+    @asynccontextmanager
+    async def of(self, session_id: UUID | None) -> AsyncIterator[None]:
+        """Wait for the turn at *session_id*, in this event loop."""
+        key = (id(asyncio.get_running_loop()), session_id)
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = self._locks[key] = asyncio.Lock()
+        async with lock:
+            yield
+
+
+def _apply(change: Change, data: dict[str, Any]) -> dict[str, Any]:
+    changed = change(data)
+    if changed is None:
+        return data
+    if not isinstance(changed, Mapping):
+        raise InvalidData(f"atomic() needs a function that returns a mapping or None, not {type(changed).__name__}")
+    return dict(changed)
+
+
+async def _back_off(attempt: int) -> None:
+    await asyncio.sleep(random.uniform(0, min(0.001 * 2**attempt, 0.05)))  # noqa: S311 - not a secret

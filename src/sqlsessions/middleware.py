@@ -1,0 +1,459 @@
+"""The ASGI shell: scope → manager → send. It decides nothing about sessions, and holds no connection while a handler
+runs.
+"""
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from http import HTTPStatus
+from typing import Literal
+
+from starlette.datastructures import Headers, Secret
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
+
+from sqlsessions import cookies
+from sqlsessions.backends.base import Backend
+from sqlsessions.backends.memory import InMemoryBackend
+from sqlsessions.cookies import CookieSettings, SameSite
+from sqlsessions.credentials import CookieSigner
+from sqlsessions.errors import BackendError, ConfigurationError, SessionConflict, SessionGone
+from sqlsessions.events import Event, EventHook
+from sqlsessions.manager import CookieChange, OnUnavailable, SessionManager, UserKey, Visit
+from sqlsessions.payload import Limits
+from sqlsessions.purge import purge, purge_forever
+from sqlsessions.record import Timeouts, utc_now
+from sqlsessions.session import Session
+
+logger = logging.getLogger("sqlsessions")
+
+#: A path or the beginning of one, up to a slash; or a pattern that has to match all of it.
+PathRule = str | re.Pattern[str]
+
+#: Scope key: the cookie names that already have a session here, and their visits.
+_VISITS = "sqlsessions"
+
+#: Messages with which a response begins and headers leave.
+_BEGINNINGS = frozenset({"http.response.start", "websocket.accept", "websocket.close", "websocket.http.response.start"})
+_ANSWERED = (BackendError, SessionConflict, SessionGone)
+_RETRY_AFTER = b"2"
+
+
+class SessionMiddleware:
+    """Gives every request and WebSocket a ``session`` that is kept in *backend* and committed before the response
+    headers leave.
+
+    Add it below ``CORSMiddleware`` (so that a browser may see a 503) and above whatever uses the session. Settings
+    are checked here and raise `ConfigurationError`. Without *backend*, sessions live in this process's memory, and it
+    says so.
+
+    *secret_key*: at least 32 random bytes, shared by all workers; *previous_secret_keys* still verify, and their
+    cookies are re-issued. *audience*: sessions of one are refused by another, for tenants that share a key.
+    *user_key*: the key of the data that holds the user, a function of the data, or None. *skip*: paths that never
+    load a session. *on_gone*: what becomes of a change to a session that ended while the request ran: ``"drop"`` it
+    with an event, or ``"raise"`` it as a 409. *on_unavailable*: ``"raise"`` answers 503 on the first use of a session
+    that could not be loaded, ``"anonymous"`` shows an empty one that cannot be written. *on_event*: called with each
+    `Event`. *purge_interval*: how often expired sessions are deleted, or None. *record_client*: keep address and user
+    agent.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        secret_key: str | bytes | Secret,
+        previous_secret_keys: Sequence[str | bytes | Secret] = (),
+        audience: str = "",
+        backend: Backend | None = None,
+        cookie_name: str | None = None,
+        cookie_https_only: bool = True,
+        cookie_same_site: SameSite = "lax",
+        cookie_domain: str | None = None,
+        cookie_path: str | None = "/",
+        cookie_partitioned: bool = False,
+        cookie_persistent: bool = False,
+        idle_timeout: timedelta = timedelta(days=14),
+        absolute_timeout: timedelta = timedelta(days=30),
+        user_key: UserKey = "user_id",
+        autoload_cookie: bool = True,
+        skip: Iterable[PathRule] = (),
+        on_gone: Literal["drop", "raise"] = "drop",
+        on_unavailable: OnUnavailable = "raise",
+        on_event: EventHook | None = None,
+        purge_interval: timedelta | None = timedelta(minutes=5),
+        record_client: bool = False,
+        max_bytes: int = 64 * 1024,
+        max_keys: int = 1024,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        _one_of("on_gone", on_gone, ("drop", "raise"))
+        _one_of("on_unavailable", on_unavailable, ("raise", "anonymous"))
+        if purge_interval is not None and purge_interval < timedelta(seconds=1):
+            raise ConfigurationError(f"purge_interval must be at least one second, or None, not {purge_interval!r}")
+        self.app = app
+        self._cookie = CookieSettings(
+            cookie_name or "", cookie_https_only, cookie_same_site, cookie_domain, cookie_path, cookie_partitioned
+        )
+        self._cookie_name = self._cookie.name.encode()
+        self._manager = SessionManager(
+            backend=_forgetful() if backend is None else backend,
+            signer=CookieSigner(
+                secret_key, previous_secret_keys=previous_secret_keys, cookie_name=self._cookie.name, audience=audience
+            ),
+            timeouts=Timeouts(idle_timeout, absolute_timeout),
+            limits=Limits(max_bytes, max_keys),
+            user_key=user_key,
+            persistent=cookie_persistent,
+            on_unavailable=on_unavailable,
+            on_event=on_event,
+            clock=clock,
+        )
+        self._autoload = autoload_cookie
+        self._skip = _Paths(skip)
+        self._on_gone = on_gone
+        self._record_client = record_client
+        self._purger = _Purger(self._manager, purge_interval)
+        self._warned_of_http = False
+
+    def __repr__(self) -> str:
+        return f"<SessionMiddleware {self._cookie.name!r} on {self._manager.backend!r}>"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, WebSocket or lifespan."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, self._lifespan(send))
+        elif scope["type"] not in ("http", "websocket") or self._cookie.name in scope.get(_VISITS, {}):
+            await self.app(scope, receive, send)
+        else:
+            self._purger.start()
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        values = cookies.read(scope["headers"], self._cookie_name)
+        visit = self._manager.open(values, client=lambda: _client(scope) if self._record_client else None)
+        if self._autoload and not self._skip.match(scope):
+            await visit.load()
+        # A copy: an application around this one may have a session of its own, under another cookie.
+        scope = {**scope, "session": visit.session, _VISITS: {**scope.get(_VISITS, {}), self._cookie.name: visit}}
+        exchange = _Exchange(visit, scope, send, on_gone=self._on_gone, headers=self._headers)
+        try:
+            await self.app(scope, receive, exchange.send)
+        except WebSocketDisconnect:  # how Starlette tells a handler that the client has closed: no failure
+            await exchange.finish()
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised again by fail(), unless it is ours
+            await exchange.fail(error)
+        else:
+            await exchange.finish()
+
+    def _headers(self, scope: Scope, change: CookieChange) -> bytes:
+        """Return the Set-Cookie header for *change*."""
+        root_path = scope.get("root_path", "")
+        if change.value is None:
+            return self._cookie.expire(root_path)
+        if self._cookie.https_only and scope.get("scheme") in ("http", "ws") and not self._warned_of_http:
+            self._warned_of_http = True
+            logger.warning(
+                "sqlsessions: a Secure cookie was set on a plain-http request, and browsers will not send it back. "
+                "Behind a proxy that ends TLS, have the server trust its headers (uvicorn --proxy-headers); "
+                "for plain http in development, cookie_https_only=False"
+            )
+        return self._cookie.set(change.value, max_age=change.max_age, root_path=root_path)
+
+    def _lifespan(self, send: Send) -> Send:
+        async def watched(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self._purger.start()
+            elif message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                await self._purger.stop()
+                await self._manager.drain()
+                await self._manager.backend.aclose()
+            await send(message)
+
+        return watched
+
+
+class SessionAutoloadMiddleware:
+    """Loads the session for requests to *paths*, where `SessionMiddleware` around it has ``autoload_cookie=False``."""
+
+    def __init__(self, app: ASGIApp, *, paths: Iterable[PathRule]) -> None:
+        self.app = app
+        self._paths = _Paths(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Load the session if the path is one of those."""
+        if scope["type"] in ("http", "websocket") and self._paths.match(scope):
+            await _visit(scope).load()
+        await self.app(scope, receive, send)
+
+
+async def load_session(connection: HTTPConnection) -> Session:
+    """Return the request's session, loaded: one SELECT if the cookie is genuine, none if it is loaded already.
+
+    Raises `BackendError` if the database cannot be asked, and `ConfigurationError` without `SessionMiddleware`.
+    """
+    session = await _visit(connection.scope).load()
+    session.mark_accessed()
+    return session
+
+
+class _AbandonedError(Exception):
+    """Thrown into the application when its response is replaced by ours."""
+
+
+class _Exchange:
+    """One request's way out: commits before the headers leave, and answers in the application's place when that
+    fails.
+    """
+
+    def __init__(
+        self,
+        visit: Visit,
+        scope: Scope,
+        send: Send,
+        *,
+        on_gone: Literal["drop", "raise"],
+        headers: Callable[[Scope, CookieChange], bytes],
+    ) -> None:
+        self._visit = visit
+        self._scope = scope
+        self._send = send
+        self._on_gone = on_gone
+        self._headers = headers
+        self._begun = False
+        self._closed = False
+        #: Nothing but an end is kept for a response that is a 5xx, or that never begins.
+        self._failed = True
+        self._failure: Exception | None = None
+
+    async def send(self, message: Message) -> None:
+        """Pass *message* on; before the first with headers, commit."""
+        if self._failure is not None:
+            raise _AbandonedError
+        if not self._begun and message["type"] in _BEGINNINGS:
+            message = await self._begin(message)
+        self._closed = message["type"] == "websocket.close"
+        await self._send(message)
+
+    async def finish(self) -> None:
+        """Commit what was changed after the headers; answer, if the application's response was abandoned."""
+        if self._failure is not None:
+            await self._answer(self._failure)
+        else:
+            await self._commit(failed=self._failed)
+
+    async def fail(self, error: BaseException) -> None:
+        """End the session if that was asked for, then answer errors of ours and raise all others."""
+        if self._failure is not None and not isinstance(error, asyncio.CancelledError):
+            await self._answer(self._failure)
+            return
+        try:
+            await self._visit.commit(failed=True)
+        except _ANSWERED:
+            # The manager has told of it in an event; what the application raised comes first.
+            logger.warning("sqlsessions: a session that was to end could not be ended after the application failed")
+        if not isinstance(error, _ANSWERED):
+            raise error
+        if not self._begun:
+            await self._answer(error)
+        elif self._scope["type"] == "websocket" and not self._closed:
+            await self._send(_closing(error))
+        else:
+            raise error
+
+    async def _begin(self, message: Message) -> Message:
+        status = message.get("status", 403 if message["type"] == "websocket.close" else 200)
+        self._failed = status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        headers = list(message.get("headers", ()))
+        # A refused handshake has no headers of ours.
+        self._visit.headers_sent = message["type"] == "websocket.close"
+        try:
+            await self._commit(failed=self._failed, may_touch=not _shared(headers))
+        except Exception as error:  # noqa: BLE001 - answered or raised once the application has stopped
+            self._failure = error
+        if status == HTTPStatus.INTERNAL_SERVER_ERROR and self._failure is None:
+            # A mounted application has an error page of its own, which knows nothing of outages.
+            self._failure = self._visit.refusal
+        if self._failure is not None:
+            raise _AbandonedError
+        self._begun = self._visit.headers_sent = True
+        if message["type"] == "websocket.close":
+            return message
+        return {**message, "headers": self._dressed(headers)}
+
+    async def _commit(self, *, failed: bool, may_touch: bool = True) -> None:
+        try:
+            await self._visit.commit(failed=failed, may_touch=may_touch)
+        except SessionGone:
+            if self._on_gone == "raise":
+                raise
+
+    def _dressed(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return *headers* with what the session adds: nothing, if it was not used."""
+        change = self._visit.cookie
+        if change is None:
+            return _varied(headers) if self._visit.session.accessed else headers
+        cookie = self._headers(self._scope, change)
+        name = cookie[: cookie.index(b"=") + 1]
+        # One Set-Cookie of a name per response (RFC 6265bis §4.1.1).
+        kept = [(key, value) for key, value in headers if key.lower() != b"set-cookie" or not value.startswith(name)]
+        return [*_private(_varied(kept)), (b"set-cookie", cookie)]
+
+    async def _answer(self, failure: Exception) -> None:
+        """Answer 503, or 409 for a session that is gone; raise what is an error of the application's own."""
+        if not isinstance(failure, _ANSWERED):
+            raise failure
+        kind = "http.response"
+        if self._scope["type"] == "websocket":
+            kind = "websocket.http.response"
+            if kind not in (self._scope.get("extensions") or {}):
+                await self._send(_closing(failure))
+                return
+        gone = isinstance(failure, SessionGone)
+        body = b"Conflict: the session has ended" if gone else b"Service Unavailable"
+        headers = [
+            (b"content-type", b"text/plain; charset=utf-8"),
+            (b"content-length", b"%d" % len(body)),
+            (b"cache-control", b"no-store"),
+        ]
+        if not gone:
+            headers.append((b"retry-after", _RETRY_AFTER))
+        await self._send({"type": f"{kind}.start", "status": 409 if gone else 503, "headers": headers})
+        await self._send({"type": f"{kind}.body", "body": b"" if self._scope.get("method") == "HEAD" else body})
+
+
+def _closing(failure: Exception) -> Message:
+    """Return the message that closes a WebSocket: as a violation for a session that is gone, else "try again later"."""
+    return {"type": "websocket.close", "code": 1008 if isinstance(failure, SessionGone) else 1013}
+
+
+class _Purger:
+    """The purge task: one, in the event loop that first asks for it, until that loop ends or `stop`."""
+
+    def __init__(self, manager: SessionManager, interval: timedelta | None) -> None:
+        self._manager = manager
+        self._interval = interval
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin, unless a task is running or another event loop has one."""
+        if self._interval is None or (
+            self._task is not None and not (self._task.done() or self._task.get_loop().is_closed())
+        ):
+            return
+        self._task = asyncio.get_running_loop().create_task(
+            purge_forever(self._purge, self._interval), name="sqlsessions purge"
+        )
+
+    async def stop(self) -> None:
+        """End the task and wait for it."""
+        task, self._task = self._task, None
+        if task is None or task.get_loop() is not asyncio.get_running_loop():
+            return
+        task.cancel()
+        await asyncio.wait({task})
+
+    async def _purge(self) -> None:
+        count = await purge(self._manager.backend, clock=self._manager.clock)
+        if count:
+            self._manager.emit(Event("purged", count=count))
+
+
+class _Paths:
+    """Paths of ``scope["path"]``; not of a URL built from the Host header, which the client chooses
+    (CVE-2026-48710).
+    """
+
+    def __init__(self, rules: Iterable[PathRule]) -> None:
+        if isinstance(rules, str):
+            raise ConfigurationError(f"paths must be a list, not the one str {rules!r:.80}")
+        rules = list(rules)
+        self._prefixes = tuple(rule.rstrip("/") for rule in rules if isinstance(rule, str))
+        self._patterns = [rule for rule in rules if not isinstance(rule, str)]
+
+    def match(self, scope: Scope) -> bool:
+        """Tell whether the request's path is one of these, or below one."""
+        path: str = scope["path"]
+        return any(path == prefix or path.startswith(prefix + "/") for prefix in self._prefixes) or any(
+            pattern.fullmatch(path) for pattern in self._patterns
+        )
+
+
+def _visit(scope: Scope) -> Visit:
+    for visit in scope.get(_VISITS, {}).values():
+        if visit.session is scope.get("session"):
+            found: Visit = visit
+            return found
+    raise ConfigurationError("SessionMiddleware must be installed around whatever loads a session")
+
+
+def _client(scope: Scope) -> str | None:
+    """Return where the request came from, as the JSON text that a record keeps."""
+    client = scope.get("client")
+    agent = Headers(scope=scope).get("user-agent")
+    return json.dumps({"ip": client[0] if client else None, "user_agent": agent[:512] if agent else None})
+
+
+def _directives(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Return what the application says about caching: each directive, with its argument or nothing."""
+    values = (value for key, value in headers if key.lower() == b"cache-control")
+    parts = (part.partition(b"=") for value in values for part in value.split(b","))
+    return {name.strip().lower(): argument.strip(b' \t"') for name, _, argument in parts if name.strip()}
+
+
+def _closed(said: Mapping[bytes, bytes]) -> bool:
+    """Tell whether no shared cache keeps the response; ``private="field"`` keeps it from that field only (RFC 9111
+    §5.2.2.7).
+    """
+    return b"no-store" in said or said.get(b"private") == b""
+
+
+def _shared(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Tell whether a shared cache may answer others with this response by its own word (RFC 9111 §4.2)."""
+    said = _directives(headers)
+    age = said.get(b"s-maxage", said.get(b"max-age"))
+    fresh = b"public" in said if age is None else age != b"0"
+    return fresh and b"no-cache" not in said and not _closed(said)
+
+
+def _private(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return *headers* with which no shared cache keeps the cookie: a cached Set-Cookie is somebody else's session."""
+    said = _directives(headers)
+    if _closed(said):
+        return headers
+    if not said:
+        return [*headers, (b"cache-control", b"no-store")]
+    if _shared(headers):
+        logger.warning(
+            "sqlsessions: a response for shared caches sets a session cookie; it is sent as 'private, no-store' instead"
+        )
+    return [
+        *((key, value) for key, value in headers if key.lower() != b"cache-control"),
+        (b"cache-control", b"private, no-store"),
+    ]
+
+
+def _varied(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return *headers* with ``Cookie`` among what the response varies by (RFC 9110 §12.5.5); ``*`` says so already."""
+    fields = [part.strip() for key, value in headers if key.lower() == b"vary" for part in value.split(b",")]
+    if any(field == b"*" or field.lower() == b"cookie" for field in fields):
+        return headers
+    rest = [(key, value) for key, value in headers if key.lower() != b"vary"]
+    return [*rest, (b"vary", b", ".join([*filter(None, fields), b"Cookie"]))]
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r:.80}")
+
+
+def _forgetful() -> Backend:
+    logger.warning(
+        "sqlsessions: no backend given, so sessions live in this process's memory: "
+        "a restart forgets them and other workers do not see them. Pass backend=SQLAlchemyBackend(url)"
+    )
+    return InMemoryBackend()

@@ -1,0 +1,182 @@
+"""Session data as JSON text: encode with limits, decode with suspicion, merge by top-level key.
+
+What goes in comes out, on every database, or is refused with the path of the offending value before any SQL is sent.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, NoReturn
+
+from sqlsessions.errors import ConfigurationError, CorruptData, InvalidData
+
+#: MariaDB's JSON check refuses deeper documents; the same limit holds on every database.
+MAX_DEPTH = 31
+
+#: Short of the 4,300 decimal digits that Python prints by default; beyond, Python itself is asked.
+_MANY_BITS = 10_000
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one session may hold: bytes of JSON text, and keys at its top level."""
+
+    max_bytes: int = 64 * 1024
+    max_keys: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_keys"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)!r}")
+
+
+def encode(data: Mapping[str, Any], limits: Limits) -> str:
+    """Return *data* as compact JSON text that decodes to exactly the same values.
+
+    Raises `InvalidData` naming the path (``session['cart'][3]``) for anything JSON would alter or refuse: keys that
+    are not str, tuples, sets, subclasses, NaN, lone surrogates, integers Python will not print, nesting deeper than
+    31, or data over *limits*.
+    """
+    if len(data) > limits.max_keys:
+        raise InvalidData(f"session has {len(data)} keys; the limit is {limits.max_keys}")
+    _Inspector(limits.max_bytes).mapping(data.items(), (), 1)
+    text = _encode(dict(data.items()))
+    size = len(text) if text.isascii() else len(text.encode())
+    if size > limits.max_bytes:
+        raise _too_large(limits.max_bytes, size)
+    return text
+
+
+def decode(text: object) -> dict[str, Any]:
+    """Return the object that stored *text* holds; raise `CorruptData` for anything `encode` could not have written."""
+    if not isinstance(text, str):
+        raise CorruptData(f"stored data is {type(text).__name__}, not text")
+    try:
+        data = _decode(text)
+    except (ValueError, RecursionError):
+        # The cause would carry the document into a traceback.
+        raise CorruptData("stored data is not valid JSON") from None
+    if type(data) is not dict:
+        raise CorruptData(f"stored data is a JSON {type(data).__name__}, not an object")
+    return data
+
+
+def changed_keys(baseline: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:
+    """Return the top-level keys that were set, altered or deleted between *baseline* and *ours*; 1, 1.0 and True
+    differ.
+    """
+    return {
+        key
+        for key in baseline.keys() | ours.keys()
+        if key not in baseline or key not in ours or _encode(baseline[key]) != _encode(ours[key])
+    }
+
+
+def merge(baseline: Mapping[str, Any], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *theirs* with this request's changes applied: deletions count, and on the same key ours wins.
+
+    Three-way, by top-level key: a merge without the baseline cannot tell a key deleted here from one added there. What
+    they left alone stays the very object of *ours*, which a handler may hold on to and change later.
+    """
+    changed = changed_keys(baseline, ours)
+    news = changed_keys(baseline, theirs) - changed
+    merged = {key: value if key in news else ours[key] for key, value in theirs.items() if key in news or key in ours}
+    merged.update({key: value for key, value in ours.items() if key in changed})
+    return merged
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    if not isfinite(number):  # json reads 1e400 as infinity
+        raise ValueError(literal)
+    return number
+
+
+_decode = json.JSONDecoder(parse_constant=_constant, parse_float=_finite).decode
+
+
+def _too_large(limit: int, size: int | None = None) -> InvalidData:
+    found = "larger than that" if size is None else f"{size:,} bytes"
+    return InvalidData(
+        f"session data is {found}; the limit is {limit:,} bytes (max_bytes): keep large things in a table of your own"
+    )
+
+
+class _Inspector:
+    """Walks data before it is encoded. A running lower bound of the size stops it early, so that 20 MB never become
+    JSON text.
+    """
+
+    __slots__ = ("_limit", "_room")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._room = limit
+
+    def mapping(self, items: Any, path: tuple[str | int, ...], depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise InvalidData(f"{_spell(path)} is nested deeper than {MAX_DEPTH} levels (a cycle, perhaps)")
+        for key, value in items:
+            if type(key) is not str:
+                raise InvalidData(f"{_spell(path)} has the key {key!r:.60}; keys must be str, not {type(key).__name__}")
+            self._text(key, path)
+            self._value(value, path, key, depth)
+
+    def _value(self, value: object, path: tuple[str | int, ...], key: str | int, depth: int) -> None:
+        kind = type(value)
+        if kind is str:
+            self._text(value, (*path, key))  # type: ignore[arg-type]
+        elif kind is dict:
+            self.mapping(value.items(), (*path, key), depth + 1)  # type: ignore[attr-defined]
+        elif kind is list:
+            self._items(value, (*path, key), depth + 1)  # type: ignore[arg-type]
+        elif kind is int:
+            self._integer(value, (*path, key))  # type: ignore[arg-type]
+        elif kind is float:
+            if not isfinite(value):  # type: ignore[arg-type]
+                raise InvalidData(f"{_spell((*path, key))} is {value!r}, which JSON cannot hold (RFC 8259)")
+        elif value is not None and kind is not bool:
+            raise InvalidData(
+                f"{_spell((*path, key))} is a {kind.__module__}.{kind.__qualname__}; "
+                "only dict, list, str, int, float, bool and None are stored unchanged: convert it first"
+            )
+        self._spend(1)
+
+    def _items(self, items: list[object], path: tuple[str | int, ...], depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise InvalidData(f"{_spell(path)} is nested deeper than {MAX_DEPTH} levels (a cycle, perhaps)")
+        for index, value in enumerate(items):
+            self._value(value, path, index, depth)
+
+    def _text(self, text: str, path: tuple[str | int, ...]) -> None:
+        self._spend(len(text) + 2)
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise InvalidData(f"{_spell(path)} holds a lone surrogate, which is not text (RFC 3629)") from None
+
+    def _integer(self, number: int, path: tuple[str | int, ...]) -> None:
+        bits = number.bit_length()
+        self._spend(bits // 4)
+        if bits > _MANY_BITS:
+            try:
+                str(number)
+            except ValueError:
+                raise InvalidData(f"{_spell(path)} is an integer of more digits than Python prints") from None
+
+    def _spend(self, size: int) -> None:
+        self._room -= size
+        if self._room < 0:
+            raise _too_large(self._limit)
+
+
+def _spell(path: tuple[str | int, ...]) -> str:
+    return "session" + "".join(f"[{part!r}]" for part in path)

@@ -1,0 +1,65 @@
+"""Deleting expired records in bulk. Expiry is right without it (every statement compares); the purge keeps the table
+small.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+from typing import NoReturn
+
+from sqlsessions.backends.base import Backend
+from sqlsessions.errors import ConfigurationError
+from sqlsessions.record import utc_now
+
+logger = logging.getLogger("sqlsessions")
+
+#: Hosts are assumed to agree on the time within this; a purge waits as long, so that no host deletes what another
+#: still serves.
+CLOCK_TOLERANCE = timedelta(minutes=1)
+MAX_BATCH_SIZE = 10_000
+
+
+async def purge(
+    backend: Backend,
+    *,
+    batch_size: int = 1_000,
+    clock: Callable[[], datetime] = utc_now,
+    on_batch: Callable[[int], object] | None = None,
+) -> int:
+    """Delete all records that had expired a minute ago, in batches, and return how many were deleted.
+
+    Each batch is short and by the expiry index; *on_batch* is given the number deleted so far. Many processes may
+    purge at once without harm. Raises `BackendError` if a batch fails; the batches before it stay deleted.
+    """
+    if not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise ConfigurationError(f"batch_size must be from 1 to {MAX_BATCH_SIZE:,}, not {batch_size!r}")
+    before = clock() - CLOCK_TOLERANCE
+    deleted = 0
+    # A short batch is not the last one: a purge elsewhere may have taken some of the same ids. An empty one is.
+    while count := await backend.purge(before, batch_size):
+        deleted += count
+        if on_batch is not None:
+            on_batch(deleted)
+    return deleted
+
+
+async def purge_forever(
+    run: Callable[[], Awaitable[object]],
+    interval: timedelta,
+    *,
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+) -> NoReturn:
+    """Await *run* every *interval*, half to one and a half times of it, until cancelled; an error is logged and the
+    loop goes on.
+
+    The jitter keeps workers that started together apart. It begins with a wait, so that a start-up is not a stampede.
+    """
+    while True:
+        await sleep(interval.total_seconds() * random.uniform(0.5, 1.5))  # noqa: S311 - not a secret
+        try:
+            await run()
+        except Exception as error:  # noqa: BLE001 - whatever it was, the next interval tries again
+            # The type alone: a driver's message may quote parameters.
+            logger.warning("sqlsessions: purge failed (%s); trying again in about %s", type(error).__name__, interval)

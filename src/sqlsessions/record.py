@@ -1,0 +1,143 @@
+"""The stored row and the arithmetic of its expiry. No I/O, no clock of its own: every function is given the instant."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+from sqlsessions.errors import ConfigurationError, InvalidData
+
+#: The layout of a row that this version writes. Readers tolerate higher numbers, so that during a rolling deploy N
+#: and N+1 share a table.
+FORMAT = 1
+
+
+#: Characters of a user id: the width of its column.
+MAX_USER_ID = 255
+
+#: More than 255 decimal digits, and fewer than the 4,300 that Python refuses to print.
+_MANY_BITS = 10_000
+
+
+def utc_now() -> datetime:
+    """Return the current instant as an aware UTC datetime: the clock used unless another is injected."""
+    return datetime.now(UTC)
+
+
+def principal(user_id: object) -> str | None:
+    """Return *user_id* as a record keeps it: a str or int as str, None as None; raise `InvalidData` for anything else.
+
+    1 and "1" are one user. True is not 1 here, and an empty str is nobody, which must not be listed or revoked as if
+    it were somebody.
+    """
+    if user_id is None:
+        return None
+    if type(user_id) is int and user_id.bit_length() < _MANY_BITS:
+        user_id = str(user_id)
+    if not isinstance(user_id, str) or not 1 <= len(user_id) <= MAX_USER_ID or not _storable(user_id):
+        raise InvalidData(
+            f"a user id must be an int, or a str of 1 to {MAX_USER_ID} characters that text columns take; "
+            f"this is {type(user_id).__name__}"
+        )
+    return str(user_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One stored session: what a backend keeps. Instants are aware UTC datetimes."""
+
+    #: The public handle; safe to log and to show. It authenticates nobody.
+    id: UUID
+    #: SHA-256 of the secret half that only the cookie holds.
+    secret_hash: bytes
+    #: The principal this session is bound to, or None for an anonymous session.
+    user_id: str | None
+    #: The payload, as the JSON text of one object. A backend passes it through unchanged.
+    data: str
+    #: Changes with every ``replace``. The increments are random, so that a writer recognises its own write by it.
+    version: int
+    created_at: datetime
+    last_seen_at: datetime
+    expires_at: datetime
+    #: When the principal was last bound: the start of the absolute timeout and of "confirm your password" checks.
+    authenticated_at: datetime | None = None
+    #: This session's own idle timeout in seconds ("remember me"), or None for the configured one.
+    idle_timeout: int | None = None
+    #: Whether the cookie outlives the browser.
+    persistent: bool = False
+    #: Where the session was opened, as JSON text (``ip``, ``user_agent``); None unless ``record_client=True``.
+    client: str | None = None
+    format: int = FORMAT
+
+    def __repr__(self) -> str:
+        """Show the id and the expiry only: data and hash stay out of logs (OWASP Logging Cheat Sheet)."""
+        return f"<Record {self.id} expires_at={self.expires_at.isoformat()}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a row must still be for a compare-and-swap to write it: the version and secret read, and not expired at
+    *now*.
+    """
+
+    version: int
+    secret_hash: bytes
+    now: datetime
+
+    def __repr__(self) -> str:
+        return f"<Expected version={self.version}>"
+
+    def matches(self, record: Record) -> bool:
+        """Tell whether *record* is still the one that was read; an expiry equal to *now* has expired."""
+        return (
+            record.version == self.version and record.secret_hash == self.secret_hash and record.expires_at > self.now
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long a session lives: after its last use (idle), and at all (absolute, from the last login)."""
+
+    idle: timedelta = timedelta(days=14)
+    absolute: timedelta = timedelta(days=30)
+
+    def __post_init__(self) -> None:
+        for name, value in (("idle_timeout", self.idle), ("absolute_timeout", self.absolute)):
+            if value < timedelta(seconds=1):
+                raise ConfigurationError(f"{name} must be a timedelta of at least one second, not {value!r}")
+
+    def idle_of(self, record: Record) -> timedelta:
+        """Return the idle timeout in force for *record*: its own, else the configured one."""
+        return self.idle if record.idle_timeout is None else timedelta(seconds=record.idle_timeout)
+
+    def touch_interval(self, record: Record) -> timedelta:
+        """Return how long a touch waits after the previous one: five minutes, or a tenth of a short idle timeout."""
+        return min(timedelta(minutes=5), self.idle_of(record) / 10)
+
+    def expires_at(self, record: Record) -> datetime:
+        """Return the instant *record* ends if it is never used again after its ``last_seen_at``."""
+        begun = record.authenticated_at or record.created_at
+        return min(_later(record.last_seen_at, self.idle_of(record)), _later(begun, self.absolute))
+
+    def expired(self, record: Record, now: datetime) -> bool:
+        """Tell whether *record* is over at *now*.
+
+        The timeouts configured now are applied to the stored instants, so that shortening them in the configuration
+        ends existing sessions too; lengthening them never revives one.
+        """
+        return min(record.expires_at, self.expires_at(record)) <= now
+
+    def touch_due(self, record: Record, now: datetime) -> bool:
+        """Tell whether enough time has passed for a use of *record* at *now* to be worth a write."""
+        return now - record.last_seen_at >= self.touch_interval(record)
+
+
+def _storable(text: str) -> bool:
+    """Tell whether every database takes *text* in a column: PostgreSQL refuses NUL, UTF-8 a lone surrogate."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _later(instant: datetime, span: timedelta) -> datetime:
+    try:
+        return instant + span
+    except OverflowError:  # "never", as a timedelta of thousands of years
+        return datetime.max.replace(tzinfo=UTC)

@@ -1,0 +1,206 @@
+"""The table and one builder per statement: everything a database ever sees, and the only room that names a dialect.
+
+Statements compare and swap, never upsert: a session that was revoked, purged or renewed cannot be written back by a
+slow request.
+"""
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.engine import Dialect
+
+from sqlsessions.errors import ConfigurationError
+
+DEFAULT_TABLE = "web_sessions"
+
+#: What any database takes unquoted, so short that ``alembic_version_<table>_pkc`` fits in PostgreSQL's 63 bytes.
+_NAME = re.compile(r"[a-z_][a-z0-9_]{0,42}", re.ASCII)
+
+
+#: Sessions are updated far more often than inserted: room on the page keeps those updates HOT, early vacuums keep it.
+_STORAGE = (
+    "ALTER TABLE %(fullname)s SET "
+    "(fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05)"
+)
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """An instant that goes in and comes out as an aware UTC datetime, on SQLite too, which drops the zone without
+    converting.
+    """
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        """Convert to UTC; naive datetimes are refused, since nobody can tell what they mean."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("naive datetime")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        """Return the stored instant in UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class JSONText(sa.types.UserDefinedType[str]):
+    """A JSON column read and written as the text we encoded.
+
+    On PostgreSQL ``json``, not ``jsonb``: that reorders keys, refuses NUL and turns 1e22 into an integer.
+    """
+
+    cache_ok = True
+
+    def get_col_spec(self, **kw: Any) -> str:  # noqa: ARG002
+        """Return the same name on every dialect."""
+        return "JSON"
+
+    def column_expression(self, column: sa.ColumnElement[str]) -> sa.ColumnElement[str]:
+        """Read as text: from SQLAlchemy 2.1 on, asyncpg is told to parse ``json`` before we see it."""
+        return sa.cast(column, sa.Text)
+
+
+class _Joined(sa.TypeDecorator[list[UUID]]):
+    """Ids as one text. For an array asyncpg would ask the server about its type, on each connection anew, and turn
+    ``jit`` off and on around the question, which a pooler in between may send to two different servers.
+    """
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: list[UUID] | None, dialect: Dialect) -> str | None:  # noqa: ARG002
+        """Join the ids by commas."""
+        return None if value is None else ",".join(map(str, value))
+
+
+def checked_name(name: str, what: str) -> str:
+    """Return *name* if it may name a table or schema; raise `ConfigurationError` otherwise (CVE-2019-15658)."""
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"{what} {name!r:.80} is not usable: "
+            "at most 43 lower-case letters, digits and underscores, not starting with a digit"
+        )
+    return name
+
+
+def version_table(table: str = DEFAULT_TABLE) -> str:
+    """Return the name of Alembic's version table for *table*, so that two session tables live in one database."""
+    return f"alembic_version_{checked_name(table, 'table')}"
+
+
+def async_url(url: str | sa.URL) -> sa.URL:
+    """Return *url* with its asynchronous driver filled in where it names none; the error for a bad one does not show
+    its password.
+    """
+    try:
+        url = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):  # a port that is no number
+        raise ConfigurationError(
+            "the database URL cannot be read; it looks like postgresql+asyncpg://user:password@host/database or sqlite+aiosqlite:///file.db"
+        ) from None
+    driver = {"postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg", "sqlite": "sqlite+aiosqlite"}
+    return url.set(drivername=driver.get(url.drivername, url.drivername))
+
+
+def sessions_table(metadata: sa.MetaData, name: str = DEFAULT_TABLE, schema: str | None = None) -> sa.Table:
+    """Return the session table, attached to *metadata*. Names are validated here."""
+    checked_name(name, "table")
+    if schema is not None:
+        checked_name(schema, "schema")
+    table = sa.Table(
+        name,
+        metadata,
+        sa.Column("id", sa.Uuid, nullable=False),
+        sa.Column("secret_hash", sa.LargeBinary(32), nullable=False),
+        sa.Column("user_id", sa.String(255)),
+        sa.Column("data", JSONText, nullable=False),
+        sa.Column("client", JSONText),
+        sa.Column("version", sa.BigInteger, nullable=False),
+        sa.Column("created_at", UtcDateTime, nullable=False),
+        sa.Column("last_seen_at", UtcDateTime, nullable=False),
+        sa.Column("expires_at", UtcDateTime, nullable=False),
+        sa.Column("authenticated_at", UtcDateTime),
+        sa.Column("idle_timeout", sa.Integer),
+        sa.Column("persistent", sa.Boolean, nullable=False),
+        sa.Column("format", sa.SmallInteger, nullable=False),
+        sa.PrimaryKeyConstraint("id", name=f"{name}_pkey"),
+        schema=schema,
+    )
+    sa.Index(f"{name}_expires_at", table.c.expires_at)
+    owned = table.c.user_id.is_not(None)
+    sa.Index(f"{name}_user_id", table.c.user_id, postgresql_where=owned, sqlite_where=owned)
+    # A statement of its own, since SQLAlchemy takes storage parameters for a table only from 2.1 on.
+    storage = sa.DDL(_STORAGE)  # type: ignore[no-untyped-call] # SQLAlchemy has no annotations there
+    event.listen(table, "after_create", storage.execute_if(dialect="postgresql"))
+    return table
+
+
+class Statements:
+    """The statements of one table, each built once; parameters are bound, never written into the text (R112).
+
+    ``values(record)`` and the named parameters of each are what `SQLAlchemyBackend` passes.
+    """
+
+    def __init__(self, table: sa.Table, dialect: str) -> None:
+        self.table = table
+        columns = table.c
+        live = columns.expires_at > sa.bindparam("now", type_=UtcDateTime)
+        this = columns.id == sa.bindparam("the_id", type_=sa.Uuid)
+        proven = columns.secret_hash == sa.bindparam("the_secret_hash", type_=sa.LargeBinary(32))
+        unchanged = sa.and_(this, columns.version == sa.bindparam("the_version", type_=sa.BigInteger), proven, live)
+        before = columns.expires_at <= sa.bindparam("before", type_=UtcDateTime)
+        owner = columns.user_id == sa.bindparam("the_user_id", type_=sa.String(255))
+
+        self.load = sa.select(table).where(this, live)
+        self.reread = sa.select(columns.version, columns.secret_hash).where(this)
+        self.insert = sa.insert(table)
+        self.replace = sa.update(table).where(unchanged)
+        self.touch = (
+            sa.update(table)
+            .where(this, proven, live, columns.last_seen_at < sa.bindparam("seen", type_=UtcDateTime))
+            .values(last_seen_at=sa.bindparam("seen", type_=UtcDateTime), expires_at=_later(columns.expires_at))
+        )
+        self.delete = sa.delete(table).where(this)
+        self.delete_unchanged = sa.delete(table).where(unchanged)
+        self.list_for_user = (
+            sa.select(table)
+            .where(owner, live)
+            .order_by(columns.last_seen_at.desc(), columns.id)
+            .limit(sa.bindparam("limit", type_=sa.Integer))
+        )
+        self.delete_for_user = sa.delete(table).where(owner)
+        self.delete_for_user_except = self.delete_for_user.where(columns.id != sa.bindparam("kept", type_=sa.Uuid))
+        self.delete_all = sa.delete(table)
+        self.expired = (
+            sa.select(columns.id)
+            .where(before)
+            .order_by(columns.expires_at)
+            .limit(sa.bindparam("limit", type_=sa.Integer))
+        )
+        # The expiry is checked again by the statement that deletes: a session extended since it was selected survives
+        # (R86).
+        self.purge = sa.delete(table).where(_member(dialect)(columns.id), before)
+        self.ping = sa.select(sa.literal(1))
+
+
+def _later(column: sa.ColumnElement[datetime]) -> sa.ColumnElement[datetime]:
+    until = sa.bindparam("until", type_=UtcDateTime)
+    return sa.case((column < until, until), else_=column)
+
+
+def _member(dialect: str) -> Callable[[sa.ColumnElement[UUID]], sa.ColumnElement[bool]]:
+    """Return how *dialect* says "is one of these ids": as one parameter, or as a list of any length."""
+    if dialect == "postgresql":
+        ids = sa.func.string_to_array(sa.bindparam("ids", type_=_Joined), ",")
+        return lambda column: column == sa.any_(sa.cast(ids, postgresql.ARRAY(sa.Uuid)))
+    return lambda column: column.in_(sa.bindparam("ids", expanding=True, type_=sa.Uuid))

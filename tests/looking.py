@@ -1,0 +1,70 @@
+"""Looking at a database past the library, and using the library whole."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
+from sqlsessions.testing import MINUTE, START, expecting, following, make_record
+
+#: Seconds after which something that has to happen is taken not to happen.
+PATIENCE = 20
+
+
+@asynccontextmanager
+async def closing(backend: SQLAlchemyBackend) -> AsyncIterator[SQLAlchemyBackend]:
+    """Close the backend at the end."""
+    try:
+        yield backend
+    finally:
+        await backend.aclose()
+
+
+async def sql(url: str, *statements: str, **parameters: Any) -> Sequence[Any]:
+    """Run statements on a connection of their own; return the rows of the last."""
+    engine = create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    rows: Sequence[Any] = []
+    async with engine.connect() as connection:
+        for statement in statements:
+            result = await connection.execute(sa.text(statement), parameters)
+            rows = result.all() if result.returns_rows else []
+    return rows
+
+
+async def pids(url: str) -> set[int]:
+    """Return the server processes that serve anybody else in this database."""
+    rows = await sql(
+        url, "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    return {row.pid for row in rows}
+
+
+async def threads_ended() -> None:
+    """Wait for aiosqlite's threads: after a failed connect one ends in its own time, and then tells the event loop."""
+    for thread in threading.enumerate():
+        if "_connection_worker_thread" in thread.name:
+            await asyncio.to_thread(thread.join)
+
+
+async def everything(backend: SQLAlchemyBackend) -> None:
+    """Use every method there is, on a record that is gone in the end."""
+    record = make_record()
+    user = str(record.id)
+    record = replace(record, user_id=user)
+    await backend.insert(record)
+    assert await backend.load(record.id, START) == record
+    changed = following(record)
+    assert await backend.replace(changed, expecting(record))
+    assert await backend.touch(record.id, record.secret_hash, now=START + MINUTE, expires_at=record.expires_at)
+    assert len(await backend.list_for_user(user, START)) == 1
+    assert await backend.delete_for_user(user, keep=record.id) == 0
+    assert await backend.purge(START, 10) == 0
+    assert await backend.delete(record.id, expecting(changed))
+    await backend.ping()

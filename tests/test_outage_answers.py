@@ -1,0 +1,489 @@
+"""What a browser is told while the database is sick: that it is, and nothing about its session or the database."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sqlsessions import InMemoryBackend, Session, SessionMiddleware, SQLAlchemyBackend, load_session
+from sqlsessions.errors import (
+    BackendError,
+    BackendReadOnly,
+    BackendTimeout,
+    BackendUnavailable,
+    InvalidData,
+    SchemaMissing,
+    SessionError,
+)
+from sqlsessions.payload import decode
+from tests.asgi import KEY, Answer, Browser, ask, serve
+from tests.servers import PostgresServer
+from tests.staging import Do, Site, Staged
+
+pytestmark = pytest.mark.anyio
+
+SECRETS = "SELECT secret_hash FROM web_sessions at db.internal"
+
+
+@pytest.fixture
+def site(sqlite_sessions_url: str) -> Site:
+    """A site whose backend can be made to fail."""
+    return Site(Staged(SQLAlchemyBackend(sqlite_sessions_url)))
+
+
+@contextmanager
+def stopped(server: PostgresServer) -> Iterator[None]:
+    """Have no server while the block runs."""
+    server.stop()
+    try:
+        yield
+    finally:
+        server.start()
+
+
+def read(session: Session) -> None:
+    """Look into the session."""
+    session.get("cart")
+
+
+def write(session: Session) -> None:
+    """Change the session."""
+    session["late"] = True
+
+
+def log_in(session: Session) -> None:
+    """Change the session and its secret."""
+    session.login("somebody")
+
+
+async def count(session: Session) -> None:
+    """Update the session atomically."""
+    await session.atomic(lambda data: data.update(count=1))
+
+
+#: Uses of a session, and the statement after loading that they need.
+USES: list[tuple[Do, str]] = [(write, "replace"), (log_in, "replace"), (count, "replace"), (Session.clear, "delete")]
+
+
+def is_a_plain_503(answer: Answer) -> bool:
+    """Tell whether the answer is 503, with a time to come back, and says nothing else (R110)."""
+    assert (answer.status, answer.body, answer.header("retry-after")) == (503, b"Service Unavailable", "2")
+    assert {name for name, _ in answer.headers} == {
+        b"content-type",
+        b"content-length",
+        b"cache-control",
+        b"retry-after",
+    }
+    return True
+
+
+# A server that is not there.
+
+
+async def test_a_server_that_is_stopped(postgres: PostgresServer, postgres_sessions_url: str) -> None:
+    """Without its database, whatever uses the session is a 503, what does not works, and the cookie is left alone.
+
+    R76, R77, R78: when the server is back, so is the session.
+    """
+    site = Site(Staged(SQLAlchemyBackend(postgres_sessions_url)))
+    browser = await site.filled(user_id="somebody", cart=[1])
+    before = dict(browser.cookies)
+    with stopped(postgres):
+        for use in (read, write, log_in, count, Session.clear):
+            assert is_a_plain_503(await browser.do(use))
+        assert is_a_plain_503(await site.browser().do(log_in))  # nothing to load, but nowhere to put it
+        for _ in range(10):
+            assert (await browser.visit(lambda _: "public")).json() == "public"
+            assert (await site.browser().do(read)).status == 200  # anonymous: nothing to ask the database
+    assert browser.cookies == before
+    assert await browser.data() == {"user_id": "somebody", "cart": [1]}
+    assert (await browser.do(write)).status == 200
+    assert set(site.kinds) == {"unavailable"}
+
+
+async def test_a_table_that_is_not_there(database_url: str) -> None:
+    """A database without our table is a 503 like any other, and tells the handler which command creates it (R75)."""
+    site = Site(Staged(SQLAlchemyBackend(database_url)))
+    browser = (await Site(Staged(InMemoryBackend())).filled(cart=[1])).twin(site.app)
+    assert is_a_plain_503(await browser.do(read))
+    assert is_a_plain_503(await site.browser().do(write))
+    told: list[str] = []
+
+    def ask_why(request: Request) -> None:
+        with pytest.raises(SchemaMissing) as caught:
+            request.session.get("cart")
+        told.append(str(caught.value))
+
+    assert (await browser.visit(ask_why)).status == 200
+    assert "alembic upgrade head" in told[0]
+    assert {event.detail for event in site.events} == {"SchemaMissing"}
+
+
+# Loading fails.
+
+
+@pytest.mark.parametrize("error", [BackendUnavailable, BackendTimeout, BackendReadOnly, SchemaMissing, BackendError])
+async def test_the_first_use_of_a_session_that_could_not_be_loaded(site: Site, error: type[BackendError]) -> None:
+    """Whatever is wrong with the backend is the same 503 to the browser, which learns nothing of it (R76, R110)."""
+    browser = await site.filled(cart=[1])
+    before = dict(browser.cookies)
+    site.backend.failing["load"] = error(SECRETS)
+    assert is_a_plain_503(await browser.do(read))
+    assert is_a_plain_503(await browser.do(Session.clear))
+    assert browser.cookies == before
+    assert [(event.kind, event.detail) for event in site.events] == [("unavailable", error.__name__)] * 2
+    site.backend.failing.clear()
+    assert await browser.data() == {"cart": [1]}
+
+
+async def test_routes_without_a_session_do_not_care(site: Site) -> None:
+    """A route that never touches the session answers as ever, without a Vary or a cookie (R77)."""
+    browser = await site.filled(cart=[1])
+    site.backend.failing["load"] = BackendUnavailable()
+    answer = await browser.visit(lambda _: "public")
+    assert (answer.status, answer.json()) == (200, "public")
+    assert answer.all("vary") == answer.all("set-cookie") == []
+
+
+async def test_loading_later_fails_later(sqlite_sessions_url: str) -> None:
+    """Without autoload, the failure of load_session() is a 503 as well (R76)."""
+    site = Site(Staged(SQLAlchemyBackend(sqlite_sessions_url)), autoload_cookie=False)
+
+    async def begin(request: Request) -> None:
+        (await load_session(request))["cart"] = [1]
+
+    async def later(request: Request) -> list[Any]:
+        return list(await load_session(request))
+
+    browser: Browser = site.browser()
+    await browser.visit(begin)
+    site.backend.failing["load"] = BackendUnavailable()
+    assert is_a_plain_503(await browser.visit(later))
+    site.backend.failing.clear()
+    assert (await browser.visit(later)).json() == ["cart"]
+
+
+@pytest.mark.parametrize("handled", [BackendUnavailable, BackendError, SessionError])
+async def test_the_applications_own_page(site: Site, handled: Any) -> None:
+    """Where loading failed, the application's own exception handler for our errors wins (R76)."""
+
+    async def page(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"sorry": type(error).__name__}, status_code=503)
+
+    app = FastAPI()
+    app.add_exception_handler(handled, page)
+
+    @app.get("/")
+    async def index(request: Request) -> Any:
+        return request.session.get("cart")
+
+    site.app.app = app
+    browser: Browser = site.browser()
+    filled = Site(site.backend)
+    browser.cookies = (await filled.filled(cart=[1])).cookies
+    site.backend.failing["load"] = BackendUnavailable(SECRETS)
+    answer = await browser.visit()
+    assert (answer.status, answer.json()) == (503, {"sorry": "BackendUnavailable"})
+    assert answer.set_cookies == []
+
+
+@pytest.mark.parametrize("verb", ["load", "replace"])
+async def test_a_mounted_application_with_an_error_page_of_its_own(site: Site, verb: str) -> None:
+    """A FastAPI application mounted below ours turns what it does not know into a 500; the browser still gets a 503."""
+    inner, outer = FastAPI(), FastAPI()
+
+    @inner.get("/")
+    async def index(request: Request) -> Any:
+        return await request.session.atomic(lambda data: data | {"n": 1})  # type: ignore[attr-defined]
+
+    outer.mount("/inner", inner)
+    site.app.app = outer
+    browser: Browser = site.browser()
+    browser.cookies = (await Site(site.backend).filled(cart=[1])).cookies
+    site.backend.failing[verb] = BackendUnavailable(SECRETS)
+    answer = await browser.visit(path="/inner/")
+    assert is_a_plain_503(answer)
+    assert answer.set_cookies == []
+
+
+async def test_a_500_of_the_applications_own(site: Site) -> None:
+    """A 500 that has nothing to do with the session stays what it is."""
+    answer = await site.browser().visit(lambda _: PlainTextResponse("mine", status_code=500))
+    assert (answer.status, answer.body) == (500, b"mine")
+
+
+# Committing fails.
+
+
+async def test_the_commit_is_before_the_headers(site: Site) -> None:
+    """Nothing of a response leaves before its session is committed (R57)."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "scheme": "https", "path": "/", "query_string": b"", "headers": []}
+    handler: Callable[[Request], None] = lambda request: request.session.update(cart=[1])  # noqa: E731
+
+    async def request() -> None:
+        await site.app({**scope, "handler": handler}, _receive, send)
+
+    async with site.backend.hold("insert", request()) as running:
+        assert sent == []
+    await running
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+
+
+def plain(do: Do, _: list[str]) -> ASGIApp:
+    """Return an application without a framework."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await _done(do, scope["session"])
+        await PlainTextResponse("done", headers={"set-cookie": "app=1"})(scope, receive, send)
+
+    return app
+
+
+def stubborn(do: Do, ran: list[str]) -> ASGIApp:
+    """Return an application that swallows every exception, and goes on sending."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await _done(do, scope["session"])
+        for message in (
+            {"type": "http.response.start", "status": 200},
+            {"type": "http.response.body", "body": b"done"},
+        ):
+            for _ in range(2):
+                with suppress(Exception):
+                    await send(message)
+                    ran.append("sent")
+
+    return app
+
+
+def replacing(do: Do, ran: list[str]) -> ASGIApp:
+    """Return an application that answers every exception with a page of its own."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await plain(do, ran)(scope, receive, send)
+        except Exception:  # noqa: BLE001 - that is the point
+            await PlainTextResponse("mine", 200)(scope, receive, send)
+
+    return app
+
+
+def framework(do: Do, ran: list[str]) -> ASGIApp:
+    """Return a Starlette application with handlers for everything, which answer 200."""
+
+    async def handle(_: Request, __: Exception) -> Response:
+        return PlainTextResponse("handled")
+
+    async def endpoint(request: Request) -> Response:
+        await _done(do, request.session)
+        return PlainTextResponse("done", background=BackgroundTask(ran.append, "background"))
+
+    handlers: Any = dict.fromkeys((Exception, 500, 503, BackendError, SessionError, RuntimeError), handle)
+    return Starlette(routes=[Route("/", endpoint)], exception_handlers=handlers)
+
+
+def fast_framework(do: Do, ran: list[str]) -> ASGIApp:
+    """Return a FastAPI application that streams, with handlers for everything, and a middleware that answers errors."""
+
+    async def handle(_: Request, __: Exception) -> Response:
+        return PlainTextResponse("handled")
+
+    async def answer_errors(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        try:
+            return await call_next(request)
+        except Exception:  # noqa: BLE001 - that is the point
+            return PlainTextResponse("mine")
+
+    app = FastAPI(middleware=[Middleware(BaseHTTPMiddleware, dispatch=answer_errors)])
+    for error in (Exception, BackendError, SessionError):
+        app.add_exception_handler(error, handle)
+
+    @app.get("/")
+    async def endpoint(request: Request) -> StreamingResponse:
+        await _done(do, request.session)
+
+        async def body() -> Any:
+            yield b"done"
+            ran.append("streamed")
+
+        return StreamingResponse(body())
+
+    return app
+
+
+async def _done(do: Do, session: Any) -> None:
+    done = do(session)
+    if asyncio.iscoroutine(done):
+        await done
+
+
+async def _receive() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+@pytest.mark.parametrize("app", [plain, stubborn, replacing, framework, fast_framework])
+@pytest.mark.parametrize(("do", "verb"), [(write, "replace"), (log_in, "replace"), (Session.clear, "delete")])
+async def test_a_commit_that_fails_is_a_503_whatever_the_application_does(
+    site: Site, app: Callable[[Do, list[str]], ASGIApp], do: Do, verb: str
+) -> None:
+    """No handler of Exception or of our errors, and nobody who swallows them, can make a 200 of it (R57, R78).
+
+    There is one response on the wire, it is ours, and nothing of the application's goes with it.
+    """
+    browser = await site.filled(cart=[1])
+    before, record = dict(browser.cookies), await site.record()
+    ran: list[str] = []
+    site.app.app = app(do, ran)
+    site.backend.failing[verb] = BackendUnavailable(SECRETS)
+    assert is_a_plain_503(await browser.visit())
+    assert (browser.cookies, ran) == (before, [])
+    site.backend.failing.clear()
+    assert await site.record() == record
+    site.app.app = serve
+    assert await browser.data() == {"cart": [1]}
+
+
+@pytest.mark.parametrize("app", [plain, stubborn, replacing, framework, fast_framework])
+async def test_a_login_that_cannot_be_stored(site: Site, app: Callable[[Do, list[str]], ASGIApp]) -> None:
+    """Nobody is given the cookie of a session that was not committed (R79)."""
+    site.app.app = app(log_in, [])
+    site.backend.failing["insert"] = BackendTimeout(SECRETS)
+    browser: Browser = site.browser()
+    assert is_a_plain_503(await browser.visit())
+    assert browser.cookies == {}
+
+
+@pytest.mark.parametrize(("do", "verb"), USES)
+@pytest.mark.parametrize("error", [BackendUnavailable, BackendTimeout, BackendReadOnly, SchemaMissing, BackendError])
+async def test_each_error_of_a_commit(site: Site, do: Do, verb: str, error: type[BackendError]) -> None:
+    """Whatever is wrong while committing is the same 503, and an event that names the class (R75, R110)."""
+    browser = await site.filled(cart=[1])
+    site.backend.failing[verb] = error(SECRETS)
+    assert is_a_plain_503(await browser.do(do))
+    assert [(event.kind, event.detail) for event in site.events] == [("unavailable", error.__name__)]
+
+
+async def test_an_answer_to_head_has_no_body(site: Site) -> None:
+    """HEAD is told the same, without a body (RFC 9110 §9.3.2)."""
+    site.backend.failing["insert"] = BackendUnavailable()
+    answer = await site.browser().visit(lambda request: request.session.update(cart=[1]), method="HEAD")
+    assert (answer.status, answer.body, answer.header("content-length")) == (503, b"", "19")
+
+
+async def test_a_touch_that_fails(site: Site) -> None:
+    """A touch that fails is an event, and the response is as good as without it (R80)."""
+    browser = await site.filled(cart=[1])
+    before = await site.record()
+    site.clock.advance(hours=1)
+    site.backend.failing["touch"] = BackendReadOnly()
+    answer = await browser.do(read)
+    assert (answer.status, answer.set_cookies) == (200, [])
+    assert [(event.kind, event.detail) for event in site.events] == [("unavailable", "BackendReadOnly")]
+    assert await site.record() == before
+
+
+async def test_a_logout_that_fails_beside_a_failure(site: Site) -> None:
+    """A logout that could not be carried out is a 503 even where the application answers 500 (R28, R78)."""
+    browser = await site.filled(cart=[1])
+    site.backend.failing["delete"] = BackendUnavailable()
+    assert is_a_plain_503(await browser.do(Session.clear, status=500))
+    assert len(browser.cookies) == 1
+
+
+async def test_an_error_of_the_applications_own_comes_first(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """If the application raises and its logout fails as well, its own error is what the server hears of (R28, R56)."""
+    browser = await site.filled(cart=[1])
+    site.backend.failing["delete"] = BackendUnavailable(SECRETS)
+
+    def fail(session: Session) -> None:
+        session.clear()
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await browser.do(fail)
+    assert site.kinds == ["unavailable"]
+    assert "could not be ended" in caplog.text
+    assert SECRETS not in caplog.text
+
+
+async def test_data_that_cannot_be_stored_is_the_applications_error(site: Site) -> None:
+    """What a handler put into the session is its own mistake: raised through the application, not a 503, not a 200."""
+    browser = await site.filled(cart=[1])
+    with pytest.raises(InvalidData, match=r"session\['cart'\]\[1\]"):
+        await browser.do(lambda session: session["cart"].append(object()))
+    assert decode((await site.record()).data) == {"cart": [1]}
+
+
+# Anonymous during an outage, for those who want that.
+
+
+@pytest.fixture
+def lenient(sqlite_sessions_url: str) -> Site:
+    """A site with on_unavailable="anonymous"."""
+    return Site(Staged(SQLAlchemyBackend(sqlite_sessions_url)), on_unavailable="anonymous")
+
+
+async def test_reading_falls_back_to_anonymous(lenient: Site) -> None:
+    """With on_unavailable="anonymous" a session that cannot be loaded reads as empty; the cookie is kept (R76, R78)."""
+    browser = await lenient.filled(user_id="somebody")
+    lenient.backend.failing["load"] = BackendUnavailable()
+    answer = await browser.visit(lambda request: [dict(request.session), request.session.user_id])
+    assert (answer.status, answer.json(), answer.set_cookies) == (200, [{}, None], [])
+    assert lenient.kinds == ["unavailable"]
+    lenient.backend.failing.clear()
+    assert await browser.data() == {"user_id": "somebody"}
+
+
+@pytest.mark.parametrize("do", [write, log_in, count, Session.clear, Session.revoke])
+async def test_writing_does_not_fall_back(lenient: Site, do: Do) -> None:
+    """An empty stand-in for a session is not written over it, and cannot be logged out: 503, no new cookie (R78)."""
+    browser = await lenient.filled(user_id="somebody")
+    before, record = dict(browser.cookies), await lenient.record()
+    lenient.backend.failing["load"] = BackendUnavailable()
+    assert is_a_plain_503(await browser.do(do))
+    assert browser.cookies == before
+    assert await lenient.records() == [record]
+    assert lenient.statements == ["load"]
+
+
+async def test_without_a_cookie_nothing_needs_to_fall_back(lenient: Site) -> None:
+    """A visitor without a cookie may begin a session as ever."""
+    lenient.backend.failing["load"] = BackendUnavailable()
+    browser = lenient.browser()
+    assert (await browser.do(write)).status == 200
+    assert len(browser.cookies) == 1
+
+
+async def test_a_second_try_of_loading(site: Site) -> None:
+    """load_session() asks again where the autoload failed, so that a short failure need not fail the request (R74)."""
+    browser = await site.filled(cart=[1])
+    site.backend.failing["load"] = BackendUnavailable()
+
+    async def try_again(request: Request) -> Any:
+        site.backend.failing.clear()
+        return dict(await load_session(request))
+
+    assert (await browser.visit(try_again)).json() == {"cart": [1]}
+
+
+async def test_the_answer_is_ours_without_any_framework() -> None:
+    """The 503 is valid ASGI for the barest of applications: a start and a body (R57)."""
+    backend = Staged(InMemoryBackend())
+    backend.failing["insert"] = BackendUnavailable()
+    app = SessionMiddleware(plain(write, []), secret_key=KEY, backend=backend)
+    assert is_a_plain_503(await ask(app))

@@ -1,0 +1,43 @@
+"""The names that the package exports are those that the README lists."""
+
+import ast
+import inspect
+import re
+
+import sqlsessions
+from tests.commands import ROOT
+
+
+def listed() -> list[str]:
+    """Return the names in the README's list."""
+    section = (ROOT / "README.md").read_text().partition("\n## Names\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    return re.findall(r"`(\w+)`", "\n".join(rows))
+
+
+def exported() -> list[str]:
+    """Return the names that ``__init__`` imports for others."""
+    tree = ast.parse(inspect.getsource(sqlsessions))
+    return [
+        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+
+
+def test_names() -> None:
+    """README and package name the same things, each once."""
+    assert sorted(listed()) == sorted(exported())
+
+
+def test_reexports() -> None:
+    """Each name is re-exported by a redundant alias, which type checkers take for public."""
+    tree = ast.parse(inspect.getsource(sqlsessions))
+    aliases = [alias for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert [alias.name for alias in aliases] == [alias.asname for alias in aliases]
+
+
+def test_docstrings() -> None:
+    """Whatever is exported says what it is."""
+    for name in exported():
+        value = getattr(sqlsessions, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__doc__, name

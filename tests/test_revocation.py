@@ -1,0 +1,63 @@
+"""Ending sessions from outside of them: one, a user's, everybody's."""
+
+import pytest
+
+from sqlsessions import InMemoryBackend, InvalidData, Record, SQLAlchemyBackend
+from sqlsessions.testing import START, make_record
+
+pytestmark = pytest.mark.anyio
+
+Revocable = InMemoryBackend | SQLAlchemyBackend
+
+
+async def fill(backend: Revocable, *users: str | None) -> list[Record]:
+    """Store one session for each user."""
+    records = [make_record(user_id=user) for user in users]
+    for record in records:
+        await backend.insert(record)
+    return records
+
+
+async def alive(backend: Revocable, records: list[Record]) -> list[bool]:
+    """Tell of each record whether it is there."""
+    return [await backend.load(record.id, START) is not None for record in records]
+
+
+async def test_revoke(backend: Revocable) -> None:
+    """A session is ended by its handle, once, and no other (R39)."""
+    records = await fill(backend, "me", "me")
+    assert await backend.revoke(records[0].id)
+    assert not await backend.revoke(records[0].id)
+    assert await alive(backend, records) == [False, True]
+
+
+@pytest.mark.parametrize("user_id", ["7", 7], ids=repr)
+async def test_revoke_of_the_users_own(backend: Revocable, user_id: str | int) -> None:
+    """Given a user, a session of somebody else's or of nobody's is left alone, however valid its handle (R39)."""
+    records = await fill(backend, "7", "77", None)
+    assert [await backend.revoke(record.id, user_id=user_id) for record in records] == [True, False, False]
+    assert await alive(backend, records) == [False, True, True]
+
+
+async def test_revoke_of_nobodys(backend: Revocable) -> None:
+    """The user "" is refused instead of standing for everybody, or for sessions without a user (R40)."""
+    records = await fill(backend, None)
+    with pytest.raises(InvalidData):
+        await backend.revoke(records[0].id, user_id="")
+    assert await alive(backend, records) == [True]
+
+
+async def test_revoke_all(backend: Revocable) -> None:
+    """A user's sessions end together, but for the one to keep (R39)."""
+    records = await fill(backend, "me", "me", "me", "you")
+    assert await backend.revoke_all("me", keep=records[1].id) == 2
+    assert await alive(backend, records) == [False, True, False, True]
+    assert await backend.revoke_all("me") == 1
+    assert await alive(backend, records) == [False, False, False, True]
+
+
+async def test_revoke_everything(backend: Revocable) -> None:
+    """Everybody's sessions end (R42)."""
+    records = await fill(backend, "me", "you", None)
+    assert await backend.revoke_everything() == 3
+    assert await alive(backend, records) == [False] * 3
