@@ -509,7 +509,7 @@ async def test_logout_in_a_task_that_fails(site: Site) -> None:
 
 
 async def test_idle_timeout(site: Site) -> None:
-    """An unused session ends with the idle timeout, to the microsecond, with nobody purging (R33, R35, R88)."""
+    """Unused, a session ends to the microsecond, whatever the cookie says and with no purge (R12, R33, R35, R88)."""
     browser = await site.visitor()
     twin = browser.twin()
     site.clock.now = (await site.record()).expires_at - timedelta(microseconds=1)

@@ -85,7 +85,7 @@ async def test_chain_equals_metadata_in_the_catalogue(database_url: str) -> None
 
 
 async def test_postgresql_details(postgres_url: str) -> None:
-    """On PostgreSQL: json and not jsonb, instants with a zone, room for HOT updates, early vacuums, a partial index."""
+    """On PostgreSQL: json and not jsonb (R102), zoned instants, room for HOT updates, vacuums, a partial index."""
     await migrate.upgrade(postgres_url)
     said = str(await catalogue(postgres_url, "web_sessions"))
     for detail in [

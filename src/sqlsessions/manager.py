@@ -34,7 +34,7 @@ from sqlsessions.errors import (
 )
 from sqlsessions.events import Event, EventHook, EventKind, emitter
 from sqlsessions.payload import Limits, changed_keys, decode, encode, merge
-from sqlsessions.record import Expected, Record, Timeouts, principal, utc_now
+from sqlsessions.record import FORMAT, Expected, Record, Timeouts, principal, utc_now
 from sqlsessions.session import Change, Marks, Session
 
 UserKey = str | Callable[[Mapping[str, Any]], str | int | None] | None
@@ -542,6 +542,8 @@ class Visit:
             authenticated_at=authenticated_at,
             idle_timeout=marks.idle_timeout if marks.timeouts else before.idle_timeout,
             persistent=before.persistent if marks.persistent is None else marks.persistent,
+            # Written anew, so in this version's layout, whichever it was read in (R100).
+            format=FORMAT,
         )
         if renewed or marks.timeouts or timeouts.touch_due(before, draft.now):
             record = replace(record, last_seen_at=max(before.last_seen_at, draft.now))
