@@ -3,7 +3,7 @@
 import pytest
 
 from sqlsessions import InMemoryBackend, InvalidData, Record, SQLAlchemyBackend
-from sqlsessions.testing import START, make_record
+from sqlsessions.testing import EVER, START, make_record
 
 pytestmark = pytest.mark.anyio
 
@@ -61,3 +61,18 @@ async def test_revoke_everything(backend: Revocable) -> None:
     records = await fill(backend, "me", "you", None)
     assert await backend.revoke_everything() == 3
     assert await alive(backend, records) == [False] * 3
+
+
+async def test_revoke_everything_in_batches(
+    sessions_url: str, statements: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of any size is emptied by statements that each stay within the deadline, expired or not (R42)."""
+    monkeypatch.setattr("sqlsessions.backends.sqlalchemy._BATCH", 2)
+    backend = SQLAlchemyBackend(sessions_url)
+    records = await fill(backend, "me", "you", None, "me")
+    await backend.insert(make_record(expires_at=START))
+    statements.clear()
+    assert await backend.revoke_everything() == 5
+    assert statements.count("DELETE") == 3
+    assert [await backend.load(record.id, EVER) for record in records] == [None] * 4
+    await backend.aclose()

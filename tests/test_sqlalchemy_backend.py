@@ -222,7 +222,7 @@ OPERATIONS: dict[str, tuple[Callable[[SQLAlchemyBackend, Record], Awaitable[obje
     "list_for_user": (lambda backend, record: backend.list_for_user("me", START), ["SELECT"]),
     "delete_for_user": (lambda backend, record: backend.delete_for_user("me"), ["DELETE"]),
     "delete_for_user keep": (lambda backend, record: backend.delete_for_user("me", keep=record.id), ["DELETE"]),
-    "delete_all": (lambda backend, record: backend.delete_all(), ["DELETE"]),
+    "delete_all": (lambda backend, record: backend.delete_all(), ["SELECT", "DELETE", "SELECT"]),
     "ping": (lambda backend, record: backend.ping(), ["SELECT"]),
 }
 

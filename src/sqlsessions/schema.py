@@ -180,7 +180,6 @@ class Statements:
         )
         self.delete_for_user = sa.delete(table).where(owner)
         self.delete_for_user_except = self.delete_for_user.where(columns.id != sa.bindparam("kept", type_=sa.Uuid))
-        self.delete_all = sa.delete(table)
         self.expired = (
             sa.select(columns.id)
             .where(before)

@@ -4,7 +4,7 @@ import asyncio
 import os
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -38,6 +38,11 @@ _READ_ONLY = "25006"
 _WRONG_SERVER = frozenset({_READ_ONLY, "57P01", "57P02", "57P03"})
 _SERIALIZATION = frozenset({"40001", "40P01"})
 _SERIALIZATION_TRIES = 4
+
+#: An instant at which every record has expired.
+_FOREVER = datetime.max.replace(tzinfo=UTC)
+#: How many rows one statement of `delete_all` takes.
+_BATCH = 10_000
 
 
 class SQLAlchemyBackend(Revocation):
@@ -122,10 +127,14 @@ class SQLAlchemyBackend(Revocation):
         )
 
     async def delete_all(self) -> int:
-        """Delete every row: one DELETE, not TRUNCATE, which would need a right that the running application should
-        not have.
+        """Delete every row, in batches: one DELETE of them all might take longer than the deadline.
+
+        Not TRUNCATE, which would need a right that the running application should not have.
         """
-        return await self._run(lambda turn: turn.again(self._statements.delete_all))
+        deleted = 0
+        while count := await self.purge(_FOREVER, _BATCH):
+            deleted += count
+        return deleted
 
     async def ping(self) -> None:
         """Return if the database answers, for a health route; raise `BackendError` otherwise."""
