@@ -36,8 +36,10 @@ T = TypeVar("T")
 _READ_ONLY = "25006"
 #: Read-only, shut down, crashed, starting up: the pooled connections lead to the wrong server and must go (F19).
 _WRONG_SERVER = frozenset({_READ_ONLY, "57P01", "57P02", "57P03"})
+#: Serialization failure and deadlock: nothing has been done, and another try may succeed.
 _SERIALIZATION = frozenset({"40001", "40P01"})
-_SERIALIZATION_TRIES = 4
+#: The longest wait before each further try, in seconds.
+_PAUSES = (0.02, 0.04, 0.08)
 
 #: An instant at which every record has expired.
 _FOREVER = datetime.max.replace(tzinfo=UTC)
@@ -293,27 +295,35 @@ class _Turn:
     async def _execute(
         self, statement: sa.Executable, parameters: Mapping[str, Any], read: Callable[[sa.CursorResult[Any]], T]
     ) -> T:
-        for attempt in range(1, _SERIALIZATION_TRIES + 1):
+        """Return what *read* makes of the result; what the server undid for the sake of others is tried again (R59)."""
+        for longest in _PAUSES:
             try:
-                async with self._room.engine.connect() as connection:
-                    self._lease.terminate = _terminator(connection)
-                    try:
-                        return read(await connection.execute(statement, parameters))
-                    finally:
-                        if self._lease.abandoned or self._room.closed:
-                            await connection.invalidate()
+                return await self._try(statement, parameters, read)
             except DBAPIError as error:
-                if self._lease.abandoned:
+                if self._lease.abandoned or _sqlstate(error) not in _SERIALIZATION:
                     raise
-                unanswered = error.connection_invalidated and _sqlstate(error) != _READ_ONLY
-                if unanswered and self._lease.terminate is not None:
-                    raise _ConnectionLostError(error) from error
-                if _sqlstate(error) not in _SERIALIZATION or attempt == _SERIALIZATION_TRIES:
-                    raise
-            finally:
-                self._lease.terminate = None
-            await asyncio.sleep(random.uniform(0, 0.01 * 2**attempt))  # noqa: S311 - not a secret
-        raise AssertionError("unreachable")
+            await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - not a secret
+        return await self._try(statement, parameters, read)
+
+    async def _try(
+        self, statement: sa.Executable, parameters: Mapping[str, Any], read: Callable[[sa.CursorResult[Any]], T]
+    ) -> T:
+        try:
+            async with self._room.engine.connect() as connection:
+                self._lease.terminate = _terminator(connection)
+                try:
+                    return read(await connection.execute(statement, parameters))
+                finally:
+                    if self._lease.abandoned or self._room.closed:
+                        await connection.invalidate()
+        except DBAPIError as error:
+            connected = self._lease.terminate is not None
+            unanswered = error.connection_invalidated and _sqlstate(error) != _READ_ONLY
+            if connected and unanswered and not self._lease.abandoned:
+                raise _ConnectionLostError(error) from error
+            raise
+        finally:
+            self._lease.terminate = None
 
 
 def _model_engine(engine: str | sa.URL | AsyncEngine) -> Engine:
