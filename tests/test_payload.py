@@ -384,3 +384,35 @@ def test_merge_any(baseline: dict[str, int], theirs: dict[str, int], ours: dict[
     assert [baseline, theirs, ours] == before
     assert merge(baseline, baseline, ours) == ours
     assert merge(baseline, theirs, baseline) == theirs
+
+
+# what is known
+
+LOOP: list[object] = []
+LOOP.append(LOOP)
+
+
+def test_known_text() -> None:
+    """Data that still reads as the text it came from is that very text: reading a session costs no inspection."""
+    known = encode({"cart": [{"id": 1, "é": None}]}, LIMITS)
+    assert encode(decode(known), LIMITS, known=known) is known
+    # Not even where the limits have become lower since it was stored: it is there, and is not written again.
+    assert encode(decode(known), Limits(max_bytes=1), known=known) is known
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        (math.nan, "session['v'] is nan"),
+        ({1: 2}, "session['v'] has the key 1"),
+        ("\ud800", "session['v'] holds a lone surrogate"),
+        (LOOP, "is nested deeper than 31 levels"),
+        ({1, 2}, "session['v'] is a builtins.set"),
+        ((1, 2), "session['v'] is a builtins.tuple"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_other_than_known(value: object, path: str) -> None:
+    """Data that no longer reads so is inspected as ever (R89, R91, R95-R97)."""
+    with pytest.raises(InvalidData, match=re.escape(path)):
+        encode({"v": value}, LIMITS, known='{"v":1}')

@@ -382,16 +382,16 @@ class Visit:
         data = dict(dict.items(self.session))  # a look that is no access
         user = None if quiet else self.user_of(data)
         empty = user is None and not data
-        text = "" if quiet or (empty and record is None) else encode(data, self._manager.limits)
-        stored = record is not None
+        known = record.data if record is not None else None
+        text = "" if quiet or (empty and record is None) else encode(data, self._manager.limits, known=known)
         before = record.user_id if record is not None and not marks.ended else None
         facts = Facts(
-            stored=stored,
+            stored=record is not None,
             gone=self._gone,
             ended=marks.ended,
             failed=failed,
             empty=empty,
-            changed=stored and not quiet and text != (record.data if record else ""),
+            changed=known is not None and not quiet and text != known,
             switched=not quiet and before is not None and user is not None and user != before,
             renewed=not quiet and (user != before or marks.renew or marks.login is not None),
             settings=marks.timeouts or marks.persistent is not None,
