@@ -36,7 +36,7 @@ class CookieSettings:
     ``Partitioned`` without Secure, ``__Host-`` with a domain or path, or characters that would split the header.
     """
 
-    #: None: ``__Host-session`` where the other settings allow it, else ``session``.
+    #: Empty: ``__Host-session`` where the other settings allow it, else ``session``.
     name: str = ""
     https_only: bool = True
     same_site: SameSite = "lax"
