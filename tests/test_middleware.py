@@ -1239,6 +1239,23 @@ async def test_two_sessions(site: Site) -> None:
     assert (await browser.visit(read)).json() == {"n": "outer", "late": "outer"}
 
 
+async def test_what_the_application_notes_in_its_scope(site: Site) -> None:
+    """A middleware outside sees what the application has noted in the scope, as tracing looks for the route there."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["route"] = "/users/{id}"
+        await serve(scope, receive, send)
+
+    async def tracing(scope: Any, receive: Any, send: Any) -> None:
+        await inner(scope, receive, send)
+        seen.append(scope.get("route"))
+
+    inner = SessionMiddleware(app, backend=site.backend, **site.options)
+    await Browser(tracing).visit(read)
+    assert seen == ["/users/{id}"]
+
+
 async def test_mounted(site: Site) -> None:
     """In a mounted application the cookie is for that path if it is asked to be, else for all paths (R24, R66)."""
 

@@ -137,8 +137,12 @@ class SessionMiddleware:
         visit = self._manager.open(values, client=lambda: _client(scope) if self._record_client else None)
         if self._autoload and not self._skip.match(scope):
             await visit.load()
-        # A copy: an application around this one may have a session of its own, under another cookie.
-        scope = {**scope, "session": visit.session, _VISITS: {**scope.get(_VISITS, {}), self._cookie.name: visit}}
+        if "session" in scope:
+            # An application around this one has a session of its own, under another cookie, and goes on to see that.
+            # Else not a copy: what is around this looks in its scope for the route that was found.
+            scope = dict(scope)
+        scope["session"] = visit.session
+        scope[_VISITS] = {**scope.get(_VISITS, {}), self._cookie.name: visit}
         exchange = _Exchange(visit, scope, send, on_gone=self._on_gone, headers=self._headers)
         try:
             await self.app(scope, receive, exchange.send)
