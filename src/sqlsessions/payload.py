@@ -43,23 +43,26 @@ def encode(data: Mapping[str, Any], limits: Limits, *, known: str | None = None)
     *known* is text that this returned before: data that still reads so is not inspected again, which for a cart of
     twenty things is most of the cost of reading a session.
     """
-    if known is not None and _reads(data, known):
+    text = None if known is None else _unchecked(data)
+    if text is not None and text == known:
         return known
     if len(data) > limits.max_keys:
         raise InvalidData(f"session has {len(data)} keys; the limit is {limits.max_keys}")
     _Inspector(limits.max_bytes).mapping(data.items(), (), 1)
-    text = _encode(dict(data.items()))
+    if text is None:
+        text = _encode(dict(data.items()))
     size = len(text) if text.isascii() else len(text.encode())
     if size > limits.max_bytes:
         raise _too_large(limits.max_bytes, size)
     return text
 
 
-def _reads(data: Mapping[str, Any], known: str) -> bool:
+def _unchecked(data: Mapping[str, Any]) -> str | None:
+    """Return *data* as JSON text, whatever that alters; None for what JSON refuses."""
     try:
-        return _encode(dict(data.items())) == known
+        return _encode(dict(data.items()))
     except (TypeError, ValueError, RecursionError):
-        return False
+        return None
 
 
 def decode(text: object) -> dict[str, Any]:
