@@ -350,7 +350,9 @@ async def test_plans(sessions_url: str) -> None:
     plans = [
         (by_key, await explain(lambda statements: statements.load, **this)),
         (by_key, await explain(lambda statements: statements.reread, the_id=UUID(int=1))),
-        (by_key, await explain(lambda statements: statements.delete, the_id=UUID(int=1))),
+        (by_key, await explain(lambda statements: statements.load_many, ids=[UUID(int=1), UUID(int=2)])),
+        (by_key, await explain(lambda statements: statements.delete.plain, the_id=UUID(int=1))),
+        (by_key, await explain(lambda statements: statements.delete.passing, the_id=UUID(int=1))),
         (by_expiry, await explain(lambda statements: statements.expired, before=START, limit=1000)),
         (by_key, await explain(lambda statements: statements.purge, before=START, ids=[UUID(int=1), UUID(int=2)])),
         (by_user, await explain(lambda statements: statements.list_for_user, the_user_id="user 3", now=START, limit=9)),

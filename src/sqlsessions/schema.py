@@ -5,8 +5,10 @@ slow request.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +18,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Dialect
 
 from sqlsessions.errors import ConfigurationError
+from sqlsessions.record import Record
 
 DEFAULT_TABLE = "web_sessions"
 
@@ -145,35 +148,59 @@ def sessions_table(metadata: sa.MetaData, name: str = DEFAULT_TABLE, schema: str
     return table
 
 
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One change to one row, in the forms in which it is sent. All take the same parameters.
+
+    On PostgreSQL each returns the id of the row if it was changed.
+    """
+
+    #: Waits for a row that somebody else has locked. Every database takes this form.
+    plain: sa.Executable
+    #: Passes over a row that somebody else has locked: no row of a batch blocks the others.
+    passing: sa.Executable
+    #: Fails at once on a row that somebody else has locked (55P03).
+    prompt: sa.Executable
+
+    def waiting(self) -> "Write":
+        """Return the same change for a database that refuses all but the plain form."""
+        return Write(self.plain, self.plain, self.plain)
+
+
 class Statements:
     """The statements of one table, each built once; parameters are bound, never written into the text (R112).
 
-    ``values(record)`` and the named parameters of each are what `SQLAlchemyBackend` passes.
+    The named parameters of each are what `SQLAlchemyBackend` passes; those that are columns are set.
     """
 
     def __init__(self, table: sa.Table, dialect: str) -> None:
         self.table = table
         columns = table.c
-        live = columns.expires_at > sa.bindparam("now", type_=UtcDateTime)
-        this = columns.id == sa.bindparam("the_id", type_=sa.Uuid)
-        proven = columns.secret_hash == sa.bindparam("the_secret_hash", type_=sa.LargeBinary(32))
-        unchanged = sa.and_(this, columns.version == sa.bindparam("the_version", type_=sa.BigInteger), proven, live)
+        record = [columns[name] for name in Record.__slots__]
+        live = _live(table)
+        this = _named(table)
         before = columns.expires_at <= sa.bindparam("before", type_=UtcDateTime)
         owner = columns.user_id == sa.bindparam("the_user_id", type_=sa.String(255))
+        several = _member(dialect)(columns.id)
 
-        self.load = sa.select(table).where(this, live)
+        self.load = sa.select(*record).where(this, live)
+        #: Without regard to their expiry: each is asked for at an instant of its own.
+        self.load_many = sa.select(*record).where(several)
         self.reread = sa.select(columns.version, columns.secret_hash).where(this)
-        self.insert = sa.insert(table)
-        self.replace = sa.update(table).where(unchanged)
-        self.touch = (
-            sa.update(table)
-            .where(this, proven, live, columns.last_seen_at < sa.bindparam("seen", type_=UtcDateTime))
-            .values(last_seen_at=sa.bindparam("seen", type_=UtcDateTime), expires_at=_later(columns.expires_at))
+        inserted = _telling(sa.insert(table), dialect)
+        self.insert = Write(inserted, inserted, inserted)
+        self.replace = _forms(sa.update(table), dialect, _unchanged)
+        self.touch = _forms(
+            sa.update(table).values(
+                last_seen_at=sa.bindparam("seen", type_=UtcDateTime), expires_at=_later(columns.expires_at)
+            ),
+            dialect,
+            _touchable,
         )
-        self.delete = sa.delete(table).where(this)
-        self.delete_unchanged = sa.delete(table).where(unchanged)
+        self.delete = _forms(sa.delete(table), dialect, _named)
+        self.delete_unchanged = _forms(sa.delete(table), dialect, _unchanged)
         self.list_for_user = (
-            sa.select(table)
+            sa.select(*record)
             .where(owner, live)
             .order_by(columns.last_seen_at.desc(), columns.id)
             .limit(sa.bindparam("limit", type_=sa.Integer))
@@ -188,8 +215,96 @@ class Statements:
         )
         # The expiry is checked again by the statement that deletes: a session extended since it was selected survives
         # (R86).
-        self.purge = sa.delete(table).where(_member(dialect)(columns.id), before)
+        self.purge = sa.delete(table).where(several, before)
         self.ping = sa.select(sa.literal(1))
+        self.begin = sa.text("BEGIN IMMEDIATE" if dialect == "sqlite" else "BEGIN")
+        self.commit = sa.text("COMMIT")
+        self.rollback = sa.text("ROLLBACK")
+
+
+def _live(rows: sa.FromClause) -> sa.ColumnElement[bool]:
+    return rows.c.expires_at > sa.bindparam("now", type_=UtcDateTime)
+
+
+def _named(rows: sa.FromClause) -> sa.ColumnElement[bool]:
+    return rows.c.id == sa.bindparam("the_id", type_=sa.Uuid)
+
+
+def _proven(rows: sa.FromClause) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        _named(rows), rows.c.secret_hash == sa.bindparam("the_secret_hash", type_=sa.LargeBinary(32)), _live(rows)
+    )
+
+
+def _unchanged(rows: sa.FromClause) -> sa.ColumnElement[bool]:
+    return sa.and_(_proven(rows), rows.c.version == sa.bindparam("the_version", type_=sa.BigInteger))
+
+
+def _touchable(rows: sa.FromClause) -> sa.ColumnElement[bool]:
+    return sa.and_(_proven(rows), rows.c.last_seen_at < sa.bindparam("seen", type_=UtcDateTime))
+
+
+def _forms(
+    statement: sa.Update | sa.Delete, dialect: str, condition: Callable[[sa.FromClause], sa.ColumnElement[bool]]
+) -> Write:
+    table = statement.table
+    plain = _telling(statement.where(condition(table)), dialect)
+    if dialect != "postgresql":
+        return Write(plain, plain, plain)
+    # The lock is taken under the condition, and what has it stays as it is; so the row is known by its id alone.
+    other = table.alias("other")
+    free = sa.select(other.c.id).where(condition(other))
+    passing, prompt = (
+        _telling(statement.where(_named(table), table.c.id == locked.scalar_subquery()), dialect)
+        for locked in (free.with_for_update(skip_locked=True), free.with_for_update(nowait=True))
+    )
+    return Write(plain, passing, prompt)
+
+
+def _telling(statement: Any, dialect: str) -> Any:
+    """Return *statement*, telling of the row it changed where the driver does not say how many for each of many."""
+    return statement.returning(statement.table.c.id) if dialect == "postgresql" else statement
+
+
+class Spelled:
+    """A statement as text and its parameters in their places, for a driver that is spoken to directly."""
+
+    __slots__ = ("_pick", "_process", "_read", "text")
+
+    def __init__(self, statement: Any, dialect: Dialect, columns: Sequence[str] = ()) -> None:
+        compiled = statement.compile(dialect=dialect, column_keys=list(columns))
+        names = compiled.positiontup
+        self.text = str(compiled)
+        # `itemgetter` of one name would give no tuple.
+        self._pick: Callable[[Mapping[str, Any]], Sequence[Any]] = (
+            itemgetter(*names) if len(names) > 1 else lambda parameters: [parameters[name] for name in names]
+        )
+        binds = [compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect) for name in names]
+        self._process = [(place, process) for place, process in enumerate(binds) if process is not None]
+        chosen = statement.selected_columns if isinstance(statement, sa.Select) else ()
+        reads = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in chosen]
+        self._read = [(place, process) for place, process in enumerate(reads) if process is not None]
+
+    def values(self, parameters: Mapping[str, Any]) -> Sequence[Any]:
+        """Return *parameters* in the order and the form that the driver takes; raise `StatementError`, as SQLAlchemy
+        does, for a value that has none.
+        """
+        values = self._pick(parameters)
+        if self._process:
+            values = list(values)
+            try:
+                for place, process in self._process:
+                    values[place] = process(values[place])
+            except (ValueError, TypeError, AttributeError) as error:
+                raise sa.exc.StatementError("a value cannot be bound", None, None, error) from None
+        return values
+
+    def row(self, row: Sequence[Any]) -> Sequence[Any]:
+        """Return the driver's *row* in the form that SQLAlchemy gives."""
+        values = list(row)
+        for place, process in self._read:
+            values[place] = process(values[place])
+        return values
 
 
 def _later(column: sa.ColumnElement[datetime]) -> sa.ColumnElement[datetime]:
@@ -200,6 +315,6 @@ def _later(column: sa.ColumnElement[datetime]) -> sa.ColumnElement[datetime]:
 def _member(dialect: str) -> Callable[[sa.ColumnElement[UUID]], sa.ColumnElement[bool]]:
     """Return how *dialect* says "is one of these ids": as one parameter, or as a list of any length."""
     if dialect == "postgresql":
-        ids = sa.func.string_to_array(sa.bindparam("ids", type_=_Joined), ",")
+        ids = sa.func.string_to_array(sa.bindparam("ids", type_=_Joined), sa.literal_column("','"))
         return lambda column: column == sa.any_(sa.cast(ids, postgresql.ARRAY(sa.Uuid)))
     return lambda column: column.in_(sa.bindparam("ids", expanding=True, type_=sa.Uuid))

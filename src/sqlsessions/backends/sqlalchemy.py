@@ -3,19 +3,30 @@
 import asyncio
 import os
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError, StatementError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, StaticPool
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import StaticPool
 
 from sqlsessions.backends.base import Backend, Revocation, owner
+from sqlsessions.backends.connections import (
+    LOCKED,
+    NOT_SUPPORTED,
+    READ_ONLY,
+    Connection,
+    Connections,
+    Fault,
+    Parameters,
+)
+from sqlsessions.backends.lanes import Apart, Held, Lane, Sender, Work
 from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import (
     BackendError,
@@ -28,14 +39,12 @@ from sqlsessions.errors import (
     SchemaMissing,
 )
 from sqlsessions.record import Expected, Record, utc_now
-from sqlsessions.schema import DEFAULT_TABLE, Statements, async_url, sessions_table
+from sqlsessions.schema import DEFAULT_TABLE, Statements, Write, async_url, sessions_table
 
 T = TypeVar("T")
+W = TypeVar("W", bound=Work)
 
-#: What a server answers that was demoted to a standby.
-_READ_ONLY = "25006"
-#: Read-only, shut down, crashed, starting up: the pooled connections lead to the wrong server and must go (F19).
-_WRONG_SERVER = frozenset({_READ_ONLY, "57P01", "57P02", "57P03"})
+UNIQUE_VIOLATION = "23505"
 #: Serialization failure and deadlock: nothing has been done, and another try may succeed.
 _SERIALIZATION = frozenset({"40001", "40P01"})
 #: The longest wait before each further try, in seconds.
@@ -62,7 +71,8 @@ class SQLAlchemyBackend(Revocation):
         *,
         table: str = DEFAULT_TABLE,
         schema: str | None = None,
-        pool_size: int = 5,
+        batch: bool = True,
+        pool_size: int = 2,
         deadline: timedelta = timedelta(seconds=5),
     ) -> None:
         if pool_size < 1:
@@ -71,6 +81,7 @@ class SQLAlchemyBackend(Revocation):
             raise ConfigurationError(f"deadline must be positive, not {deadline!r}")
         self._model = _model_engine(engine)
         self._statements = Statements(sessions_table(sa.MetaData(), table, schema), self._model.dialect.name)
+        self._batch = batch
         self._pool_size = pool_size
         self._deadline = deadline.total_seconds()
         self._rooms: dict[asyncio.AbstractEventLoop, _Room] = {}
@@ -81,32 +92,33 @@ class SQLAlchemyBackend(Revocation):
         return f"<SQLAlchemyBackend {self._statements.table.fullname!r} on {self._model.dialect.name}>"
 
     async def load(self, id: UUID, now: datetime) -> Record | None:  # noqa: A002
-        """Return the record, or None if it is absent or has expired. One SELECT by primary key.
+        """Return the record, or None if it is absent or has expired. One SELECT by primary key, shared with all that
+        wait for one at the same moment.
 
         Raises `CorruptData` for a row that this library cannot have written.
         """
-        return await self._run(lambda turn: turn.record(self._statements.load, the_id=id, now=now))
+        return await (await self._room()).read(_Read(id, {"the_id": id, "now": now}))
 
     async def insert(self, record: Record) -> None:
         """Store a new record: one INSERT. Raise `DuplicateId` rather than overwrite."""
-        await self._run(lambda turn: self._insert(turn, record))
+        await self._write(self._statements.insert, record.id, _values(record), _stored(record))
 
     async def replace(self, record: Record, expected: Expected) -> bool:
         """Store *record* if the row still matches *expected*: one UPDATE."""
         values = _values(record)
-        del values["id"]
-        return await self._run(lambda turn: self._replace(turn, record, values | _unchanged(record.id, expected)))
+        values.update(_unchanged(values.pop("id"), expected))
+        return await self._write(self._statements.replace, record.id, values, _stored(record))
 
     async def touch(self, id: UUID, secret_hash: bytes, *, now: datetime, expires_at: datetime) -> bool:  # noqa: A002
         """Move ``last_seen_at`` and, forward only, ``expires_at``: one UPDATE that leaves data and version alone."""
-        parameters = {"the_id": id, "the_secret_hash": secret_hash, "now": now, "seen": now, "until": expires_at}
-        return await self._run(lambda turn: turn.again(self._statements.touch, **parameters)) == 1
+        values = {"the_id": id, "the_secret_hash": secret_hash, "now": now, "seen": now, "until": expires_at}
+        return await self._write(self._statements.touch, id, values)
 
     async def delete(self, id: UUID, expected: Expected | None = None) -> bool:  # noqa: A002
         """Delete the row, or only if it still matches *expected*: one DELETE."""
         if expected is None:
-            return await self._run(lambda turn: turn.again(self._statements.delete, the_id=id)) == 1
-        return await self._run(lambda turn: self._delete(turn, id, _unchanged(id, expected)))
+            return await self._write(self._statements.delete, id, {"the_id": id})
+        return await self._write(self._statements.delete_unchanged, id, _unchanged(id, expected), _absent)
 
     async def purge(self, before: datetime, limit: int) -> int:
         """Delete one batch of expired rows, found by the expiry index and checked again by the DELETE."""
@@ -117,16 +129,16 @@ class SQLAlchemyBackend(Revocation):
     ) -> Sequence[Record]:
         """Return the user's live records, most recently seen first."""
         parameters = {"the_user_id": owner(user_id), "now": now or utc_now(), "limit": limit}
-        return await self._run(lambda turn: turn.records(self._statements.list_for_user, **parameters))
+        return await self._run(lambda turn: turn.records(self._statements.list_for_user, parameters))
 
     async def delete_for_user(self, user_id: str | int, *, keep: UUID | None = None) -> int:
         """Delete the user's rows, but for *keep*: one DELETE."""
         parameters: dict[str, Any] = {"the_user_id": owner(user_id)}
-        if keep is None:
-            return await self._run(lambda turn: turn.again(self._statements.delete_for_user, **parameters))
-        return await self._run(
-            lambda turn: turn.again(self._statements.delete_for_user_except, **parameters, kept=keep)
-        )
+        statement = self._statements.delete_for_user
+        if keep is not None:
+            statement = self._statements.delete_for_user_except
+            parameters["kept"] = keep
+        return await self._run(lambda turn: turn.count(statement, parameters))
 
     async def delete_all(self) -> int:
         """Delete every row, in batches: one DELETE of them all might take longer than the deadline.
@@ -140,7 +152,7 @@ class SQLAlchemyBackend(Revocation):
 
     async def ping(self) -> None:
         """Return if the database answers, for a health route; raise `BackendError` otherwise."""
-        await self._run(lambda turn: turn.again(self._statements.ping))
+        await self._run(lambda turn: turn.rows(self._statements.ping, {}))
 
     async def aclose(self) -> None:
         """Wait for the work in flight, a deadline at the longest, and close this event loop's connections."""
@@ -150,7 +162,16 @@ class SQLAlchemyBackend(Revocation):
 
     async def _run(self, operation: Callable[["_Turn"], Awaitable[T]]) -> T:
         room = await self._room()
-        return await room.supervisor.run(lambda lease: _translated(operation(_Turn(room, lease))))
+        return await room.supervisor.run(lambda lease: _translated(operation(_Turn(room.connections, lease))))
+
+    async def _write(
+        self,
+        write: Write,
+        id: UUID,  # noqa: A002
+        parameters: dict[str, Any],
+        done: Callable[[Any], bool] | None = None,
+    ) -> bool:
+        return await (await self._room()).write(_Change(id, parameters, write, done))
 
     async def _room(self) -> "_Room":
         loop = asyncio.get_running_loop()
@@ -163,70 +184,35 @@ class SQLAlchemyBackend(Revocation):
             # By copies of the keys: loops in other threads come and go meanwhile.
             for ended in [other for other in list(self._rooms) if other.is_closed()]:
                 self._rooms.pop(ended, None)
-            pooled = not any(other.pooled for other in list(self._rooms.values()))
-            room = self._rooms[loop] = _Room(self._model, pooled=pooled, slots=self._pool_size, deadline=self._deadline)
+            kept = not any(other.connections.kept for other in list(self._rooms.values()))
+            connections = Connections(self._model, self._statements, kept=kept)
+            supervisor = Supervisor(slots=self._pool_size, deadline=self._deadline, breaker=CircuitBreaker())
+            room = self._rooms[loop] = _Room(connections, supervisor, self._statements, batch=self._batch)
             await room.open()
         return room
 
-    async def _insert(self, turn: "_Turn", record: Record) -> None:
-        try:
-            await turn.once(self._statements.insert, **_values(record))
-        except _ConnectionLostError:
-            if not await self._is_stored(turn, record):
-                await self._insert_again(turn, record)
-
-    async def _insert_again(self, turn: "_Turn", record: Record) -> None:
-        try:
-            await turn.once(self._statements.insert, **_values(record))
-        except IntegrityError:  # the first one has taken effect meanwhile, or somebody else has this id
-            if not await self._is_stored(turn, record):
-                raise
-
-    async def _replace(self, turn: "_Turn", record: Record, parameters: Mapping[str, Any]) -> bool:
-        try:
-            return await turn.once(self._statements.replace, **parameters) == 1
-        except _ConnectionLostError:
-            # The statement may have taken effect, or may still do so: only the row can tell.
-            if await self._is_stored(turn, record):
-                return True
-            return await turn.once(self._statements.replace, **parameters) == 1 or await self._is_stored(turn, record)
-
-    async def _delete(self, turn: "_Turn", id: UUID, parameters: Mapping[str, Any]) -> bool:  # noqa: A002
-        try:
-            return await turn.once(self._statements.delete_unchanged, **parameters) == 1
-        except _ConnectionLostError:
-            if await turn.row(self._statements.reread, the_id=id) is None:
-                return True
-            return await turn.once(self._statements.delete_unchanged, **parameters) == 1
-
-    async def _is_stored(self, turn: "_Turn", record: Record) -> bool:
-        found = await turn.row(self._statements.reread, the_id=record.id)
-        return found is not None and tuple(found) == (record.version, record.secret_hash)
-
     async def _purge(self, turn: "_Turn", before: datetime, limit: int) -> int:
-        found = await turn.rows(self._statements.expired, before=before, limit=limit)
+        found = await turn.rows(self._statements.expired, {"before": before, "limit": limit})
         if not found:
             return 0
-        return await turn.again(self._statements.purge, ids=[row.id for row in found], before=before)
-
-
-class _ConnectionLostError(Exception):
-    """The connection broke while a statement was on its way; whether it took effect is unknown."""
-
-    def __init__(self, error: DBAPIError) -> None:
-        super().__init__()
-        self.error = error
+        return await turn.count(self._statements.purge, {"ids": [row.id for row in found], "before": before})
 
 
 class _Room:
-    """What one event loop has: an engine, and the supervisor of what runs on it."""
+    """What one event loop has: connections, the supervisor of what runs on them, a lane each for reads and writes."""
 
-    def __init__(self, model: Engine, *, pooled: bool, slots: int, deadline: float) -> None:
-        self.pooled = pooled
-        #: Whether connections that come back are closed instead of kept.
-        self.closed = False
-        self.engine = _engine_like(model, slots if pooled else 0)
-        self.supervisor = Supervisor(slots=slots, deadline=deadline, breaker=CircuitBreaker())
+    def __init__(
+        self, connections: Connections, supervisor: Supervisor, statements: Statements, *, batch: bool
+    ) -> None:
+        self.connections = connections
+        self.supervisor = supervisor
+        reader, writer = _Reader(connections, statements), _Writer(connections, statements)
+        if batch:
+            self.read = Lane(supervisor, reader, shared=True).put
+            self.write = Lane(supervisor, writer).put
+        else:
+            self.read = partial(_by_itself, supervisor, reader)
+            self.write = partial(_by_itself, supervisor, writer)
         self._life = self._until_closed()
 
     async def open(self) -> None:
@@ -246,84 +232,197 @@ class _Room:
             try:
                 await self.supervisor.drain()
             finally:
-                self.closed = True
-                await asyncio.wait({asyncio.ensure_future(self.engine.dispose())}, timeout=1)
+                await asyncio.wait({asyncio.ensure_future(self.connections.aclose())}, timeout=1)
+
+
+async def _by_itself(supervisor: Supervisor, sender: Sender[W, T], work: W) -> T:
+    return await supervisor.run(lambda lease: sender.alone(lease, work, waits=True, lost=False))
+
+
+@dataclass(slots=True)
+class _Read:
+    id: UUID
+    parameters: dict[str, Any]
+    size: int = 36
+
+
+@dataclass(slots=True)
+class _Change:
+    id: UUID
+    parameters: dict[str, Any]
+    write: Write
+    #: Tells by what is stored, `Statements.reread`, whether this write has been done; None if it may as well be done
+    #: twice.
+    done: Callable[[Any], bool] | None
+
+    @property
+    def size(self) -> int:
+        """The length of the data, if it has any."""
+        data = self.parameters.get("data")
+        return len(data) if isinstance(data, str) else 0
+
+
+class _Reader:
+    """Loads records, by themselves or together."""
+
+    def __init__(self, connections: Connections, statements: Statements) -> None:
+        self._connections = connections
+        self._statements = statements
+
+    async def alone(self, lease: Lease, work: _Read, *, waits: bool, lost: bool) -> Record | None:  # noqa: ARG002
+        """Return the record, or None: reading waits for no lock, and may be done twice."""
+        turn = _Turn(self._connections, lease)
+        read = turn.again(lambda connection: connection.way.record(self._statements.load, work.parameters))
+        return await _translated(read)
+
+    async def together(self, lease: Lease, load: Sequence[_Read]) -> Sequence[Record | Exception | None]:
+        """Return each record, or None."""
+        several = [work.parameters for work in load]
+        turn = _Turn(self._connections, lease)
+        try:
+            found = await turn.again(lambda connection: connection.way.records_of_each(several))
+        except (Fault, StatementError):
+            return [Apart()] * len(load)
+        return [
+            None if isinstance(each, Record) and each.expires_at <= work.parameters["now"] else each
+            for each, work in zip(found, load, strict=True)
+        ]
+
+
+class _Writer:
+    """Changes rows, by themselves or together."""
+
+    def __init__(self, connections: Connections, statements: Statements) -> None:
+        self._connections = connections
+        self._statements = statements
+        #: Whether the database takes statements that lock a row and do not wait for it. Citus refuses some.
+        self._locks = True
+
+    async def alone(self, lease: Lease, work: _Change, *, waits: bool, lost: bool) -> bool:
+        """Tell whether the row was changed."""
+        return await _translated(self._alone(_Turn(self._connections, lease), work, waits=waits, lost=lost))
+
+    async def together(self, lease: Lease, load: Sequence[_Change]) -> Sequence[bool | Exception]:
+        """Tell for each whether its row was changed."""
+        several = [(work.write if self._locks else work.write.waiting(), work.parameters) for work in load]
+        turn = _Turn(self._connections, lease)
+        try:
+            outcomes = await turn.once(lambda connection: connection.way.changed_each(several))
+        except Fault as fault:
+            self._locks = self._locks and fault.state != NOT_SUPPORTED
+            return [Apart(lost=fault.lost)] * len(load)
+        except StatementError:
+            return [Apart()] * len(load)
+        return [_typed(outcome) if isinstance(outcome, Fault) else outcome for outcome in outcomes]
+
+    async def _alone(self, turn: "_Turn", work: _Change, *, waits: bool, lost: bool) -> bool:
+        if not lost:
+            try:
+                return await self._try(turn, work, waits=waits)
+            except Fault as fault:
+                if not fault.lost or turn.abandoned:
+                    raise
+        # It may have taken effect, or may still do so: only the row can tell.
+        if await self._done(turn, work):
+            return True
+        try:
+            changed = await self._try(turn, work, waits=waits)
+        except Fault as fault:  # of an INSERT whose first try has taken effect meanwhile
+            if not fault.constraint or not await self._done(turn, work):
+                raise
+            return True
+        return changed or await self._done(turn, work)
+
+    async def _try(self, turn: "_Turn", work: _Change, *, waits: bool) -> bool:
+        if waits or not self._locks:
+            return await turn.once(lambda connection: connection.way.changed(work.write.plain, work.parameters))
+        try:
+            return await turn.once(lambda connection: connection.way.changed(work.write.prompt, work.parameters))
+        except Fault as fault:
+            if fault.state == NOT_SUPPORTED:
+                self._locks = False
+            elif fault.state != LOCKED:
+                raise
+        # Either way it may be tried again; the next time, perhaps, without a lock.
+        raise Held
+
+    async def _done(self, turn: "_Turn", work: _Change) -> bool:
+        if work.done is None:
+            return False
+        rows = await turn.rows(self._statements.reread, {"the_id": work.id})
+        return work.done(rows[0] if rows else None)
 
 
 class _Turn:
-    """One operation's use of the engine: runs statements, each on a connection that is given back at once."""
+    """One operation's use of connections, each for one statement or transaction."""
 
-    __slots__ = ("_lease", "_room")
+    __slots__ = ("_connections", "_lease")
 
-    def __init__(self, room: _Room, lease: Lease) -> None:
-        self._room = room
+    def __init__(self, connections: Connections, lease: Lease) -> None:
+        self._connections = connections
         self._lease = lease
 
-    async def row(self, statement: sa.Executable, **parameters: Any) -> Any:
-        """Return the first row or None."""
-        return next(iter(await self.rows(statement, **parameters)), None)
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits any more."""
+        return self._lease.abandoned
 
-    async def rows(self, statement: sa.Executable, **parameters: Any) -> Sequence[Any]:
-        """Return all rows of a statement that changes nothing; a dead connection is replaced once."""
-        try:
-            return await self._execute(statement, parameters, lambda result: result.all())
-        except _ConnectionLostError:
-            return await self._execute(statement, parameters, lambda result: result.all())
+    async def rows(self, statement: sa.Executable, parameters: Parameters) -> Sequence[Any]:
+        """Return all rows of a statement that changes nothing."""
+        return await self.again(lambda connection: connection.plain.rows(statement, parameters))
 
-    async def record(self, statement: sa.Executable, **parameters: Any) -> Record | None:
-        """Return the first row as a record, or None."""
-        return next(iter(await self.records(statement, **parameters)), None)
-
-    async def records(self, statement: sa.Executable, **parameters: Any) -> Sequence[Record]:
+    async def records(self, statement: sa.Executable, parameters: Parameters) -> Sequence[Record]:
         """Return all rows as records."""
-        try:
-            return [_record(row) for row in await self.rows(statement, **parameters)]
-        except (ValueError, TypeError, OverflowError):
-            raise CorruptData("a stored session has a column that cannot be read") from None
+        return await self.again(lambda connection: connection.plain.records(statement, parameters))
 
-    async def again(self, statement: sa.Executable, **parameters: Any) -> int:
+    async def count(self, statement: sa.Executable, parameters: Parameters) -> int:
         """Return the number of rows affected by a statement that may as well run twice."""
+        return await self.again(lambda connection: connection.plain.count(statement, parameters))
+
+    async def again(self, use: Callable[[Connection], Awaitable[T]]) -> T:
+        """Return what *use* returns, which may as well run twice: a dead connection is replaced once."""
         try:
-            return await self.once(statement, **parameters)
-        except _ConnectionLostError:
-            return await self.once(statement, **parameters)
+            return await self.once(use)
+        except Fault as fault:
+            if not fault.lost or self.abandoned:
+                raise
+        return await self.once(use)
 
-    async def once(self, statement: sa.Executable, **parameters: Any) -> int:
-        """Return the number of rows affected; raise `_ConnectionLostError` when that cannot be known."""
-        return await self._execute(statement, parameters, lambda result: result.rowcount)
-
-    async def _execute(
-        self, statement: sa.Executable, parameters: Mapping[str, Any], read: Callable[[sa.CursorResult[Any]], T]
-    ) -> T:
-        """Return what *read* makes of the result; what the server undid for the sake of others is tried again (R59)."""
+    async def once(self, use: Callable[[Connection], Awaitable[T]]) -> T:
+        """Return what *use* returns; what the server undid for the sake of others is tried again (R59)."""
         for longest in _PAUSES:
             try:
-                return await self._try(statement, parameters, read)
-            except DBAPIError as error:
-                if self._lease.abandoned or _sqlstate(error) not in _SERIALIZATION:
+                return await self._try(use)
+            except Fault as fault:
+                if self.abandoned or fault.state not in _SERIALIZATION:
                     raise
             await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - not a secret
-        return await self._try(statement, parameters, read)
+        return await self._try(use)
 
-    async def _try(
-        self, statement: sa.Executable, parameters: Mapping[str, Any], read: Callable[[sa.CursorResult[Any]], T]
-    ) -> T:
+    async def _try(self, use: Callable[[Connection], Awaitable[T]]) -> T:
+        connection = await _connected(self._connections.take())
+        self._lease.terminate = connection.terminate
         try:
-            async with self._room.engine.connect() as connection:
-                self._lease.terminate = _terminator(connection)
-                try:
-                    return read(await connection.execute(statement, parameters))
-                finally:
-                    if self._lease.abandoned or self._room.closed:
-                        await connection.invalidate()
-        except DBAPIError as error:
-            connected = self._lease.terminate is not None
-            unanswered = error.connection_invalidated and _sqlstate(error) != _READ_ONLY
-            if connected and unanswered and not self._lease.abandoned:
-                raise _ConnectionLostError(error) from error
-            raise
-        finally:
+            result = await use(connection)
+        except BaseException as error:
+            fault = connection.fault(error)
             self._lease.terminate = None
+            unharmed = fault is not None or isinstance(error, (CorruptData, StatementError, OverflowError))
+            await self._part_with(connection, healthy=unharmed and (fault is None or not fault.gone))
+            if fault is None:
+                raise
+            raise fault from None
+        self._lease.terminate = None
+        await self._part_with(connection, healthy=True)
+        return result
+
+    async def _part_with(self, connection: Connection, *, healthy: bool) -> None:
+        if self.abandoned:
+            await self._connections.discard(connection)
+        elif healthy:
+            await self._connections.give(connection)
+        else:
+            await self._connections.discard(connection, others=True)
 
 
 def _model_engine(engine: str | sa.URL | AsyncEngine) -> Engine:
@@ -344,40 +443,6 @@ def _model_engine(engine: str | sa.URL | AsyncEngine) -> Engine:
     return model
 
 
-def _engine_like(model: Engine, pool_size: int) -> AsyncEngine:
-    """Return an engine with a pool of our own that connects exactly as *model* does, in autocommit."""
-    inherited: dict[str, Any] = {
-        "recycle": model.pool._recycle,  # noqa: SLF001 - what Pool.recreate() passes on; there is no public way
-        "reset_on_return": None,  # no statement of ours leaves a transaction or a setting behind
-        "dialect": model.dialect,
-        "_dispatch": model.pool.dispatch,
-    }
-    creator = model.pool._creator  # noqa: SLF001 - the same
-    pool: Pool
-    if pool_size:
-        pool = AsyncAdaptedQueuePool(creator, pool_size=pool_size, max_overflow=0, use_lifo=True, **inherited)
-    else:
-        pool = NullPool(creator, **inherited)
-    engine = Engine(pool, model.dialect, model.url, hide_parameters=True)
-    event.listen(pool, "connect", lambda connection, _: model.dialect.set_isolation_level(connection, "AUTOCOMMIT"))
-    event.listen(engine, "handle_error", _discard_wrong_server)
-    return AsyncEngine(engine)
-
-
-def _discard_wrong_server(context: sa.ExceptionContext) -> None:
-    if getattr(context.original_exception, "sqlstate", None) in _WRONG_SERVER:
-        context.is_disconnect = True
-
-
-def _terminator(connection: AsyncConnection) -> Callable[[], object]:
-    """Return a function that cuts *connection* without a word to the server; for drivers that cannot, one that does
-    nothing.
-    """
-    sync = connection.sync_connection
-    driver = None if sync is None else sync.connection.driver_connection
-    return getattr(driver, "terminate", None) or (lambda: None)
-
-
 def _unchanged(id: UUID, expected: Expected) -> dict[str, Any]:  # noqa: A002
     return {"the_id": id, "the_version": expected.version, "the_secret_hash": expected.secret_hash, "now": expected.now}
 
@@ -386,13 +451,36 @@ def _values(record: Record) -> dict[str, Any]:
     return {name: getattr(record, name) for name in Record.__slots__}
 
 
-def _record(row: Any) -> Record:
-    """Return the row as a record; raise TypeError for what SQLite lets into any column, whatever its type."""
-    record = Record(**row._mapping)  # noqa: SLF001 - the public name of a row's columns, underscore and all
-    for name, kind in Record.__annotations__.items():
-        if not isinstance(getattr(record, name), kind):
-            raise TypeError(name)
-    return record
+def _stored(record: Record) -> Callable[[Any], bool]:
+    """Return what tells by the stored version and hash whether *record* is what is stored."""
+    return lambda row: row is not None and tuple(row) == (record.version, record.secret_hash)
+
+
+def _absent(row: Any) -> bool:
+    return row is None
+
+
+async def _connected(taking: Awaitable[Connection]) -> Connection:
+    """Return the connection, or say why there is none."""
+    try:
+        return await taking
+    except DBAPIError as error:
+        raise _typed(Fault(error.orig or error, gone=True)) from None
+    except (SQLAlchemyError, OSError, TimeoutError) as error:
+        raise _unreachable(error) from None
+    except Exception as error:
+        # Before 2.1 SQLAlchemy passes on what asyncpg raises while connecting.
+        if not hasattr(error, "sqlstate"):
+            raise
+        raise _unreachable(error) from None
+
+
+def _unsayable(what: str) -> BackendError:
+    return BackendError(f"the record has a value that its column cannot hold ({what})")
+
+
+def _unreachable(error: Exception) -> BackendUnavailable:
+    return BackendUnavailable(f"no connection to the database ({type(error).__name__})")
 
 
 async def _translated(operation: Awaitable[T]) -> T:
@@ -402,41 +490,21 @@ async def _translated(operation: Awaitable[T]) -> T:
     """
     try:
         return await operation
-    except BackendError:
-        raise
-    except _ConnectionLostError as lost:
-        raise _typed(lost.error) from None
-    except IntegrityError as error:
-        raise _constraint(error) from None
-    except DBAPIError as error:
-        raise _typed(error) from None
+    except Fault as fault:
+        raise _typed(fault) from None
     except (StatementError, OverflowError) as error:
-        raise BackendError(f"the record has a value that its column cannot hold ({type(error).__name__})") from None
+        raise _unsayable(type(error).__name__) from None
     except (SQLAlchemyError, OSError, TimeoutError) as error:
-        raise BackendUnavailable(f"no connection to the database ({type(error).__name__})") from None
-    except Exception as error:
-        # Before 2.1 SQLAlchemy passes on what asyncpg raises while connecting.
-        if not hasattr(error, "sqlstate"):
-            raise
-        raise BackendUnavailable(f"no connection to the database ({type(error).__name__})") from None
+        raise _unreachable(error) from None
 
 
-def _sqlstate(error: DBAPIError) -> str:
-    return getattr(error.orig, "sqlstate", None) or ""
-
-
-def _constraint(error: IntegrityError) -> BackendError:
-    message = str(error.orig)
-    if _sqlstate(error) == "23505" or "UNIQUE constraint failed" in message:
-        return DuplicateId("a session with this id exists")
-    return BackendError(f"the database refused the row ({type(error.orig).__name__} {_sqlstate(error)})".rstrip())
-
-
-def _typed(error: DBAPIError) -> BackendError | CorruptData:
-    """Name a driver's error by SQLSTATE, or by SQLite's messages, which have no codes in SQLAlchemy's hands."""
-    state = _sqlstate(error)
-    what = f"{type(error.orig).__name__} {state}".rstrip()
-    said = str(error.orig) if not state else ""
+def _typed(fault: Fault) -> BackendError | CorruptData:  # noqa: PLR0911 - a line of the table each
+    """Name what a driver said, by SQLSTATE, or by SQLite's messages, which have no codes in SQLAlchemy's hands."""
+    state, said, what = fault.state, fault.said, f"{fault.name} {fault.state}".rstrip()
+    if fault.constraint:
+        if state == UNIQUE_VIOLATION or "UNIQUE constraint failed" in said:
+            return DuplicateId("a session with this id exists")
+        return BackendError(f"the database refused the row ({what})")
     if (
         state in {"42P01", "42703", "3F000"}
         or "no such table" in said
@@ -446,13 +514,15 @@ def _typed(error: DBAPIError) -> BackendError | CorruptData:
         return SchemaMissing(
             f"the session table is missing or behind ({what}): run 'alembic upgrade head' or 'sqlsessions migrate'"
         )
+    if fault.unsayable:
+        return _unsayable(fault.name)
     if "Could not decode to UTF-8" in said:
         return CorruptData(f"a stored session has a column that cannot be read ({what})")
-    if state in {_READ_ONLY, "53100"} or "readonly database" in said or "disk is full" in said:
+    if state in {READ_ONLY, "53100"} or "readonly database" in said or "disk is full" in said:
         return BackendReadOnly(f"the database accepts no writes ({what})")
-    if state in {"57014", "55P03"} or "database is locked" in said:
+    if state in {"57014", LOCKED} or "database is locked" in said:
         return BackendTimeout(f"the database did not finish in time ({what})")
-    if error.connection_invalidated or state.startswith(("08", "28", "3D", "53", "57", "40")) or not state:
+    if fault.gone or state.startswith(("08", "28", "3D", "53", "57", "40")) or not state:
         return BackendUnavailable(f"the database is not available ({what})")
     return BackendError(f"the database refused the statement ({what})")
 

@@ -8,24 +8,39 @@ gather work without bound.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from sqlsessions.errors import BackendTimeout, BackendUnavailable
 
 T = TypeVar("T")
 
+#: Seconds between two looks at what is running: one timer for everything costs a request nothing.
+_LOOK = 0.05
+
 
 class Lease:
     """Held by a running operation; says how to end it from outside once it has a connection."""
 
-    __slots__ = ("abandoned", "terminate")
+    __slots__ = ("abandoned", "begun", "give_up", "overdue", "task", "terminate")
 
-    def __init__(self) -> None:
+    task: asyncio.Task[Any]
+
+    def __init__(
+        self,
+        begun: float,
+        overdue: Callable[[float], None] | None = None,
+        give_up: Callable[[], None] | None = None,
+    ) -> None:
         #: Whether the deadline has passed: nobody waits any more, and what fails now is not to be tried again.
         self.abandoned = False
         #: Cuts the connection without waiting for the server. None while there is none: then the operation is
         #: cancelled instead.
         self.terminate: Callable[[], object] | None = None
+        #: The event loop's time when the deadline began to run.
+        self.begun = begun
+        self.overdue = overdue
+        self.give_up = give_up
 
 
 class CircuitBreaker:
@@ -70,51 +85,82 @@ class Supervisor:
     """
 
     def __init__(self, *, slots: int, deadline: float, breaker: CircuitBreaker) -> None:
+        self.deadline = deadline
         self._slots = slots
-        self._deadline = deadline
         self._breaker = breaker
         # Fair: SQLAlchemy's own pool lets newcomers overtake those who wait (p99 of 350 ms measured against 4-12 ms).
         self._turn = asyncio.Semaphore(slots)
-        self._running: set[asyncio.Task[object]] = set()
-        self._pending: set[asyncio.Future[object]] = set()
-        self._abandoned: set[asyncio.Task[object]] = set()
+        self._running: set[Lease] = set()
+        self._abandoned: set[Lease] = set()
+        self._owed = 0
+        self._all_settled: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def accept(self) -> None:
+        """Take on an operation that will be `settled`; raise `BackendUnavailable` when there is no use in trying."""
+        self._breaker.check()
+        if len(self._abandoned) >= self._slots:
+            raise BackendUnavailable("every connection waits for a database that does not answer")
+        self._owed += 1
+
+    def settled(self) -> None:
+        """Note that an operation has its outcome, whether or not anybody waits for it."""
+        self._owed -= 1
+        if not self._owed and self._all_settled is not None:
+            self._all_settled.set_result(None)
+            self._all_settled = None
+
+    def late(self) -> BackendTimeout:
+        """Return the error of an operation that is given up, and count it."""
+        self._breaker.timed_out()
+        return BackendTimeout(f"the database did not answer within {self.deadline:g} s")
 
     async def run(self, operation: Callable[[Lease], Awaitable[T]]) -> T:
         """Return what *operation* returns; raise `BackendTimeout` when the deadline passes, whatever the server does.
 
         Cancelling the caller cancels nothing here: the operation goes on, to its own end or its deadline.
         """
-        self._breaker.check()
-        if len(self._abandoned) >= self._slots:
-            raise BackendUnavailable("every connection waits for a database that does not answer")
-        outcome = self._begin(operation)
-        # Not awaited directly: that would cancel it together with the caller (R71, R72).
-        await asyncio.wait({outcome})
-        return outcome.result()
+        self.accept()
+        outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def give_up() -> None:
+            self.settled()
+            late = self.late()
+            if not outcome.done():
+                outcome.set_exception(late)
+
+        lease = self.begin(operation, give_up=give_up)
+        lease.task.add_done_callback(partial(self._hand_over, lease, outcome))
+        # A future, and not the task: the caller's cancellation ends at it (R71, R72).
+        return await outcome
+
+    def begin(
+        self,
+        operation: Callable[[Lease], Awaitable[T]],
+        *,
+        overdue: Callable[[float], None] | None = None,
+        give_up: Callable[[], None] | None = None,
+    ) -> Lease:
+        """Return the lease of *operation*, which is under way and belongs to nobody else.
+
+        *overdue* is called with the event loop's time at every look at what is running, *give_up* when the deadline
+        has passed.
+        """
+        loop = asyncio.get_running_loop()
+        lease: Lease = Lease(loop.time(), overdue, give_up)
+        lease.task = loop.create_task(self._in_turn(operation, lease))
+        lease.task.add_done_callback(lambda _: self._ended(lease))
+        self._running.add(lease)
+        if self._timer is None:
+            self._timer = loop.call_later(min(_LOOK, self.deadline), self._look)
+        return lease
 
     async def drain(self) -> None:
-        """Wait until all that was begun has its outcome, which takes the deadline at the longest."""
-        while self._pending:
-            await asyncio.wait(self._pending)
-
-    def _begin(self, operation: Callable[[Lease], Awaitable[T]]) -> asyncio.Future[T]:
-        loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[T] = loop.create_future()
-        lease = Lease()
-        task: asyncio.Task[T] = loop.create_task(self._in_turn(operation, lease))
-        timer = loop.call_later(self._deadline, self._abandon, task, lease, outcome)
-        self._running.add(task)
-        self._pending.add(outcome)  # type: ignore[arg-type]
-        outcome.add_done_callback(self._settled)
-
-        def ended(task: asyncio.Task[T]) -> None:
-            timer.cancel()
-            self._running.discard(task)
-            self._abandoned.discard(task)
-            _hand_over(task, outcome)
-
-        task.add_done_callback(ended)
-        return outcome
+        """Wait until all that was accepted has its outcome, which takes the deadline at the longest."""
+        while self._owed:
+            if self._all_settled is None:
+                self._all_settled = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._all_settled})
 
     async def _in_turn(self, operation: Callable[[Lease], Awaitable[T]], lease: Lease) -> T:
         async with self._turn:
@@ -124,28 +170,41 @@ class Supervisor:
                 if not lease.abandoned:
                     self._breaker.answered()
 
-    def _abandon(self, task: asyncio.Task[T], lease: Lease, outcome: asyncio.Future[T]) -> None:
-        self._abandoned.add(task)
+    def _ended(self, lease: Lease) -> None:
+        self._running.discard(lease)
+        self._abandoned.discard(lease)
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for lease in list(self._running):
+            if now - lease.begun >= self.deadline:
+                self._abandon(lease)
+            if lease.overdue is not None:
+                lease.overdue(now)
+        self._timer = loop.call_later(min(_LOOK, self.deadline), self._look) if self._running else None
+
+    def _abandon(self, lease: Lease) -> None:
+        self._running.discard(lease)
+        self._abandoned.add(lease)
         lease.abandoned = True
-        self._breaker.timed_out()
-        outcome.set_exception(BackendTimeout(f"the database did not answer within {self._deadline:g} s"))
-        if lease.terminate is None:
-            task.cancel()
-        else:
+        if lease.give_up is not None:
+            lease.give_up()
+        if lease.terminate is not None:
             lease.terminate()
+        else:
+            lease.task.cancel()
 
-    def _settled(self, outcome: asyncio.Future[T]) -> None:
-        self._pending.discard(outcome)
-        if not outcome.cancelled():
-            outcome.exception()  # the caller may have gone: nobody else will look
-
-
-def _hand_over(task: asyncio.Task[T], outcome: asyncio.Future[T]) -> None:
-    """Give the task's end to its waiter, unless the deadline answered first."""
-    if task.cancelled():
-        outcome.cancel()
-    elif (error := task.exception()) is not None:
-        if not outcome.done():
+    def _hand_over(self, lease: Lease, outcome: asyncio.Future[T], task: asyncio.Task[T]) -> None:
+        """Give the task's end to its waiter, unless the deadline answered first or the waiter has gone."""
+        if not lease.abandoned:
+            self.settled()
+        error = None if task.cancelled() else task.exception()
+        if outcome.done():
+            return
+        if task.cancelled():
+            outcome.cancel()
+        elif error is not None:
             outcome.set_exception(error)
-    elif not outcome.done():
-        outcome.set_result(task.result())
+        else:
+            outcome.set_result(task.result())

@@ -1,0 +1,238 @@
+"""What waits at the same moment goes to the database together.
+
+A request puts its work on a lane and awaits the outcome. A lane with nothing in flight sends at once, alone; what
+arrives meanwhile is the next load. There are no timers, so a quiet application waits for nothing, and under pressure
+the loads grow and share the cost of a round trip and of a commit.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+from uuid import UUID
+
+from sqlsessions.backends.supervisor import Lease, Supervisor
+from sqlsessions.errors import BackendUnavailable
+
+#: Seconds after which a statement is slow: what comes after it no longer waits for it but takes another connection.
+PATIENCE = 0.1
+#: Work for so many sessions, or of so many characters, makes a full load.
+MAX_LOAD = 128
+MAX_SIZE = 512 * 1024
+#: Seconds until a row that somebody else had locked is tried again.
+PAUSE = 0.02
+
+
+class Work(Protocol):
+    """Something to be done to one session."""
+
+    @property
+    def id(self) -> UUID:
+        """Which session."""
+
+    @property
+    def size(self) -> int:
+        """How many characters it takes to say, roughly."""
+
+
+W = TypeVar("W", bound=Work)
+W_contra = TypeVar("W_contra", bound=Work, contravariant=True)
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Held(Exception):
+    """Somebody else has locked the row: nothing was done, and the work is to be tried again in a moment."""
+
+
+class Apart(Exception):
+    """The load could not do this work, or nobody knows whether it has (*lost*): it is to be done by itself."""
+
+    def __init__(self, *, lost: bool = False) -> None:
+        super().__init__()
+        self.lost = lost
+
+
+class Sender(Protocol[W_contra, R_co]):
+    """Who does the work of a lane."""
+
+    async def alone(self, lease: Lease, work: W_contra, *, waits: bool, lost: bool) -> R_co:
+        """Return the outcome of one piece of work.
+
+        Without *waits* a lock is not waited for but raises `Held`. *lost*: it may have been done already.
+        """
+
+    async def together(self, lease: Lease, load: Sequence[W_contra]) -> Sequence[R_co | Exception]:
+        """Return the outcome of each, or its error; `Apart` for what has none. Never waits for a lock on a row."""
+
+
+class _Waiter(Generic[W, R]):
+    __slots__ = ("due", "future", "met_lock", "over", "work")
+
+    def __init__(self, work: W, future: "asyncio.Future[R]", due: float) -> None:
+        self.work = work
+        self.future = future
+        self.due = due
+        self.met_lock = False
+        #: The outcome is known, whether or not anybody waits for it.
+        self.over = False
+
+
+class _Flight(Generic[W, R]):
+    """The way of one load, from the wait for a connection to the last outcome."""
+
+    __slots__ = ("load", "since", "slow")
+
+    def __init__(self) -> None:
+        #: Taken when there is a connection, so that all that comes until then goes along.
+        self.load: list[_Waiter[W, R]] = []
+        self.since: float | None = None
+        self.slow = False
+
+
+class Lane(Generic[W, R]):
+    """Takes work to its *sender*, one load after the other, on one connection as long as that is prompt.
+
+    The work belongs to the lane: cancelling who waits for it cancels nothing. No load has the same session twice,
+    unless the lane is *shared*, as that of readers is.
+    """
+
+    def __init__(
+        self, supervisor: Supervisor, sender: Sender[W, R], *, max_load: int = MAX_LOAD, shared: bool = False
+    ) -> None:
+        self._supervisor = supervisor
+        self._sender = sender
+        self._max_load = max_load
+        self._shared = shared
+        self._waiting: deque[_Waiter[W, R]] = deque()
+        #: All whose outcome is not known, in the order they came, which is that of their deadlines.
+        self._open: deque[_Waiter[W, R]] = deque()
+        #: Whether a load is on its way that is not slow; how many are slow.
+        self._busy = False
+        self._slow = 0
+
+    async def put(self, work: W) -> R:
+        """Return the outcome of *work*; raise `BackendTimeout` when the deadline passes first."""
+        self._supervisor.accept()
+        loop = asyncio.get_running_loop()
+        waiter: _Waiter[W, R] = _Waiter(work, loop.create_future(), loop.time() + self._supervisor.deadline)
+        self._open.append(waiter)
+        self._add(waiter)
+        return await waiter.future
+
+    def _add(self, waiter: _Waiter[W, R]) -> None:
+        self._waiting.append(waiter)
+        if not self._busy:
+            self._depart()
+
+    def _depart(self) -> None:
+        self._busy = True
+        flight: _Flight[W, R] = _Flight()
+        lease = self._supervisor.begin(partial(self._fly, flight), overdue=partial(self._overdue, flight))
+        lease.task.add_done_callback(partial(self._landed, flight))
+
+    async def _fly(self, flight: _Flight[W, R], lease: Lease) -> None:
+        flight.since = lease.begun = asyncio.get_running_loop().time()
+        flight.load = self._take()
+        if len(flight.load) > 1:
+            await self._together(lease, flight.load)
+        elif flight.load:
+            await self._alone(flight.load[0], lease, waits=not self._slow)
+
+    def _take(self) -> list[_Waiter[W, R]]:
+        """Return the next load: what waits, in its order, as far as it goes together."""
+        load: list[_Waiter[W, R]] = []
+        left: list[_Waiter[W, R]] = []
+        taken: set[UUID] = set()
+        room = MAX_SIZE
+        while self._waiting and len(load) < self._max_load:
+            waiter = self._waiting.popleft()
+            if waiter.over:  # its deadline passed before it was sent
+                continue
+            if waiter.work.id in taken and not self._shared:
+                left.append(waiter)
+                continue
+            room -= waiter.work.size
+            if load and room < 0:
+                left.append(waiter)
+                break
+            taken.add(waiter.work.id)
+            load.append(waiter)
+        self._waiting.extendleft(reversed(left))
+        return load
+
+    async def _together(self, lease: Lease, load: list[_Waiter[W, R]]) -> None:
+        outcomes = await self._sender.together(lease, [waiter.work for waiter in load])
+        for waiter, outcome in zip(load, outcomes, strict=True):
+            if isinstance(outcome, Apart):
+                self._part(waiter, lost=outcome.lost)
+            else:
+                self._settle(waiter, outcome)
+
+    async def _alone(self, waiter: _Waiter[W, R], lease: Lease, *, waits: bool, lost: bool = False) -> None:
+        try:
+            outcome = await self._sender.alone(lease, waiter.work, waits=waits and not waiter.met_lock, lost=lost)
+        except Held:
+            waiter.met_lock = True
+            asyncio.get_running_loop().call_later(PAUSE, self._retry, waiter)
+        except Exception as error:  # noqa: BLE001 - its waiter's
+            self._settle(waiter, error)
+        else:
+            self._settle(waiter, outcome)
+
+    def _part(self, waiter: _Waiter[W, R], *, lost: bool) -> None:
+        """Have work done by itself that its load could not do."""
+        if not waiter.over:
+            self._supervisor.begin(
+                partial(self._alone, waiter, waits=False, lost=lost), overdue=lambda _: self._expire()
+            )
+
+    def _retry(self, waiter: _Waiter[W, R]) -> None:
+        self._expire()
+        if not waiter.over:
+            self._add(waiter)
+
+    def _overdue(self, flight: _Flight[W, R], now: float) -> None:
+        """See to a flight that is still on its way: what waits does not wait for one that is slow."""
+        self._expire()
+        if flight.slow or flight.since is None or now - flight.since < PATIENCE:
+            return
+        flight.slow, self._busy = True, False
+        self._slow += 1
+        if self._waiting:
+            self._depart()
+
+    def _landed(self, flight: _Flight[W, R], task: asyncio.Task[None]) -> None:
+        error = BackendUnavailable("the event loop is closing") if task.cancelled() else task.exception()
+        if error is not None:
+            for waiter in flight.load:
+                self._settle(waiter, error)
+        while self._open and self._open[0].over:
+            self._open.popleft()
+        if flight.slow:
+            self._slow -= 1
+        else:
+            self._busy = False
+        if self._waiting and not self._busy:
+            self._depart()
+
+    def _settle(self, waiter: _Waiter[W, R], outcome: R | BaseException) -> None:
+        if waiter.over:
+            return
+        waiter.over = True
+        self._supervisor.settled()
+        if waiter.future.done():  # cancelled
+            return
+        if isinstance(outcome, BaseException):
+            waiter.future.set_exception(outcome)
+        else:
+            waiter.future.set_result(outcome)
+
+    def _expire(self) -> None:
+        """Answer those whose deadline has passed; what of their work is under way goes on."""
+        now = asyncio.get_running_loop().time()
+        while self._open and (self._open[0].over or self._open[0].due <= now):
+            waiter = self._open.popleft()
+            if not waiter.over:
+                self._settle(waiter, self._supervisor.late())
