@@ -7,11 +7,12 @@ secret (a leaked dump logs nobody in).
 
 import hashlib
 import hmac
+import random
 import secrets
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 from itsdangerous import Signer
@@ -38,8 +39,7 @@ _PLACEHOLDERS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Credential:
+class Credential(NamedTuple):
     """What a genuine cookie says: which session, and the secret that proves it. Its repr shows the id only."""
 
     id: UUID
@@ -60,8 +60,8 @@ def new_id(now: datetime) -> UUID:
     New rows are neighbours in the index. The id is a handle, not a credential: its time part may be known to anybody.
     """
     milliseconds = int(now.timestamp() * 1000) & (1 << 48) - 1
-    random = int.from_bytes(secrets.token_bytes(10))
-    value = milliseconds << 80 | 0x7 << 76 | (random >> 68) << 64 | 0b10 << 62 | random & (1 << 62) - 1
+    bits = int.from_bytes(secrets.token_bytes(10))
+    value = milliseconds << 80 | 0x7 << 76 | (bits >> 68) << 64 | 0b10 << 62 | bits & (1 << 62) - 1
     return UUID(int=value)
 
 
@@ -77,7 +77,7 @@ def next_version(version: int) -> int:
     A writer whose connection broke after sending reads the row again and knows by this whether the write is its own.
     2³¹ writes fit.
     """
-    return version + 1 + secrets.randbits(32)
+    return version + 1 + random.getrandbits(32)
 
 
 def hash_secret(secret: bytes) -> bytes:
@@ -150,7 +150,7 @@ def _signature(key: bytes, payload: bytes) -> bytes:
 
 def _parse(payload: bytes) -> Credential:
     raw = urlsafe_b64decode(payload + b"==")
-    return Credential(UUID(bytes=raw[1:17]), raw[17:])
+    return Credential(UUID(int=int.from_bytes(raw[1:17])), raw[17:])
 
 
 def _derive(key: bytes, salt: bytes) -> bytes:

@@ -15,9 +15,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum, auto
+from operator import is_
 from typing import Any, Literal
 from uuid import UUID
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 from sqlsessions.backends.base import Backend
 from sqlsessions.credentials import CookieSigner, Credential, new_id, new_secret, next_version, proves
@@ -35,7 +36,7 @@ from sqlsessions.errors import (
 from sqlsessions.events import Event, EventHook, EventKind, emitter
 from sqlsessions.payload import Limits, changed_keys, decode, encode, merge
 from sqlsessions.record import FORMAT, Expected, Record, Timeouts, principal, utc_now
-from sqlsessions.session import Change, Marks, Session
+from sqlsessions.session import CONSTANT, Change, Marks, Session
 
 UserKey = str | Callable[[Mapping[str, Any]], str | int | None] | None
 OnUnavailable = Literal["raise", "anonymous"]
@@ -149,26 +150,33 @@ class SessionManager:
         self.emit = emitter(on_event)
         self.clock = clock
         self.turns = _Turns()
-        self._commits: set[asyncio.Task[None]] = set()
+        #: Those under way, each with its session.
+        self._commits: dict[asyncio.Task[None], Session] = {}
 
-    def open(self, values: Sequence[bytes], *, client: Callable[[], str | None] = lambda: None) -> "Visit":
-        """Return the visit of a request that sent these cookie *values*; verifies them and does no I/O.
+    def open(
+        self, values: Sequence[bytes], *, client: Callable[[], str | None] = lambda: None
+    ) -> tuple["Visit", Session]:
+        """Return the visit of a request that sent these cookie *values*, and its session, which is the caller's to
+        keep; verifies them and does no I/O.
 
         Two genuine but different ones are both refused: which of them wins must not depend on their order (RFC
         6265bis §4.2.2).
         """
-        genuine = {unsigned[0]: unsigned[1] for value in values if (unsigned := self.signer.unsign(value)) is not None}
+        found = [unsigned for value in values if (unsigned := self.signer.unsign(value)) is not None]
+        genuine = found if len(found) < 2 else list(dict(found).items())  # noqa: PLR2004 - one has no twin
         if len(genuine) == 1:
-            ((credential, stale_key),) = genuine.items()
-            return Visit(self, credential, stale_key=stale_key, client=client)
+            credential, stale_key = genuine[0]
+            return _visit(self, credential, stale_key=stale_key, client=client)
         if values:
             self.emit(Event("duplicate_cookie" if genuine else "bad_signature"))
-        return Visit(self, None, client=client)
+        return _visit(self, None, stale_key=False, client=client)
 
-    def begin(self, commit: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Return *commit* under way, as a task of its own: a client that disconnects leaves nothing half-way."""
+    def begin(self, commit: Coroutine[Any, Any, None], session: Session) -> asyncio.Task[None]:
+        """Return the *commit* of *session* under way, as a task of its own: a client that disconnects leaves nothing
+        half-way.
+        """
         task = asyncio.create_task(commit)
-        self._commits.add(task)
+        self._commits[task] = session
         task.add_done_callback(self._settled)
         return task
 
@@ -179,7 +187,7 @@ class SessionManager:
             await asyncio.wait(running)
 
     def _settled(self, task: asyncio.Task[None]) -> None:
-        self._commits.discard(task)
+        del self._commits[task]
         if not task.cancelled():
             task.exception()  # the caller may have gone: nobody else will look
 
@@ -192,8 +200,8 @@ class Visit:
         manager: SessionManager,
         credential: Credential | None,
         *,
-        stale_key: bool = False,
-        client: Callable[[], str | None] = lambda: None,
+        stale_key: bool,
+        client: Callable[[], str | None],
     ) -> None:
         self._manager = manager
         self._credential = credential
@@ -209,13 +217,28 @@ class Visit:
         self._commit: asyncio.Task[None] | None = None
         #: The stored row, as last loaded or committed.
         self.record: Record | None = None
-        self.session = Session(self)
+        #: The session's items when they were last the row's: the very objects.
+        self._as_stored: dict[str, Any] | None = None
+        self._session: Callable[[], Session | None] = lambda: None
         #: Set by the middleware when a cookie can no longer be sent.
         self.headers_sent = False
         #: What the handler was last told instead of being served: an outage, a conflict, a session that is gone.
         self.refusal: BackendError | SessionConflict | SessionGone | None = None
         #: What the response must tell the browser; later commits replace it.
         self.cookie: CookieChange | None = None
+
+    def attach(self, session: Session) -> None:
+        """Serve *session*, without keeping it: a cycle of the two would leave the data of every request, a cart of
+        twenty objects, to the garbage collector.
+        """
+        self._session = ref(session)
+
+    @property
+    def session(self) -> Session:
+        """The session, which the request keeps, or a commit that outlives it."""
+        session = self._session()
+        assert session is not None  # noqa: S101
+        return session
 
     @property
     def user_key(self) -> str | None:
@@ -268,8 +291,9 @@ class Visit:
         Never raises for a sick backend: the error is kept and raised by the first access, so that routes which do not
         use the session work.
         """
+        session = self.session
         if self._loaded and self._failure is None:
-            return self.session
+            return session
         self._failure = None
         if self._credential is not None:
             try:
@@ -278,7 +302,7 @@ class Visit:
                 self._failure = error
                 self._emit("unavailable", detail=type(error).__name__)
         self._loaded = True
-        return self.session
+        return session
 
     async def save(self) -> None:
         """Commit now. Raises `SessionGone` if the session has ended."""
@@ -310,7 +334,7 @@ class Visit:
         await self._whole(apply())
         return result
 
-    async def commit(self, *, failed: bool = False, may_touch: bool = True) -> None:
+    async def commit(self, *, failed: bool = False, may_touch: Callable[[], bool] = lambda: True) -> None:
         """Write what this request owes; sets `cookie`. With *failed* (a 5xx, an exception) only ends a session that
         was to end.
 
@@ -341,16 +365,69 @@ class Visit:
 
     async def _whole(self, work: Coroutine[Any, Any, None]) -> None:
         """Await *work*, which goes on to its end even if the caller is cancelled."""
-        task = self._commit = self._manager.begin(self._told(work))
-        await asyncio.wait({task})
-        task.result()
+        outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._commit = self._manager.begin(self._told(work, outcome), self.session)
+        await outcome
+
+    def nothing_owed(self) -> bool:
+        """Tell, without encoding anything, whether a commit would do nothing, as most do.
+
+        So it is if no handler has set a key, or had hold of a value that can change.
+        """
+        session, record, stored = self.session, self.record, self._as_stored
+        if session.written or session.lent or self._stale_key or session.marks.any:
+            return False
+        if record is None or stored is None:
+            return record is None and not dict.__len__(session)
+        return (
+            # Past the methods of Session, in case somebody else went past them too.
+            dict.__eq__(session, stored)
+            and self._keeps_its_user(record, stored)
+            and not (session.accessed and self._manager.timeouts.touch_due(record, self._manager.clock()))
+        )
+
+    def _keeps_its_user(self, record: Record, stored: Mapping[str, Any]) -> bool:
+        """Tell whether *record*, as stored, is bound to the user that its data names by the settings of now."""
+        key = self._manager.user_key
+        if key is None:
+            return True
+        found = stored.get(key) if isinstance(key, str) else self._user_in(stored)
+        return record.user_id == (found if found is None else str(found))
+
+    def _sound(self, data: Mapping[str, Any]) -> set[str]:
+        """Return the keys of *data* whose values were loaded and cannot have changed since."""
+        stored, lent = self._as_stored, self.session.lent
+        if stored is None:
+            return set()
+        return {
+            key
+            for key, value in data.items()
+            if value is stored.get(key, data) and (not lent or type(value) in CONSTANT)
+        }
+
+    def _put(self, data: Mapping[str, Any]) -> None:
+        """Make *data* the session's, whatever is stored."""
+        session = self.session
+        dict.clear(session)
+        dict.update(session, data)
+        session.written = True
+
+    def _settle(self, data: dict[str, Any]) -> None:
+        """Take *data* for what is stored: the session's items, if no handler has gone on changing them meanwhile."""
+        self._as_stored = data
+        session = self.session
+        session.written = not all(map(is_, dict.values(session), data.values())) or list(dict.keys(session)) != list(
+            data
+        )
 
     def _fill(self, record: Record) -> None:
         """Take *record* for what is stored, and its data for the session's."""
         data = decode(record.data)
-        self.record = record
-        dict.clear(self.session)
-        dict.update(self.session, data)
+        session = self.session
+        self.record, self._as_stored = record, data
+        dict.clear(session)
+        dict.update(session, data)
+        session.written = False
 
     async def _admit(self, credential: Credential) -> None:
         """Load the session *credential* is for, or leave the visitor anonymous and say why. A client's id is never
@@ -375,7 +452,7 @@ class Visit:
             return "superseded"
         return "expired" if self._manager.timeouts.expired(record, now) else None
 
-    def _draft(self, *, failed: bool, may_touch: bool) -> "_Draft":
+    def _draft(self, *, failed: bool, may_touch: Callable[[], bool]) -> "_Draft":
         """Return what would be written now, and the action owed."""
         marks, record, now = self.session.marks, self.record, self._manager.clock()
         quiet = failed or not (self.session.accessed or self._stale_key)
@@ -383,7 +460,9 @@ class Visit:
         user = None if quiet else self.user_of(data)
         empty = user is None and not data
         known = record.data if record is not None else None
-        text = "" if quiet or (empty and record is None) else encode(data, self._manager.limits, known=known)
+        text = ""
+        if not quiet and (record is not None or not empty):
+            text = encode(data, self._manager.limits, known=known, sound=self._sound(data))
         before = record.user_id if record is not None and not marks.ended else None
         facts = Facts(
             stored=record is not None,
@@ -395,10 +474,10 @@ class Visit:
             switched=not quiet and before is not None and user is not None and user != before,
             renewed=not quiet and (user != before or marks.renew or marks.login is not None),
             settings=marks.timeouts or marks.persistent is not None,
-            touch_due=may_touch and self._touch_due(now),
+            touch_due=self._touch_due(now) and may_touch(),
         )
         action = Action.NOTHING if quiet and not failed else decide(facts)
-        return _Draft(action, text, user, now)
+        return _Draft(action, text, user, now, data)
 
     def _touch_due(self, now: datetime) -> bool:
         """Tell whether the session's use is worth a write. A cookie of an old key is: it is re-issued if the touch
@@ -412,19 +491,27 @@ class Visit:
             return False
         return self._stale_key or (self.session.accessed and timeouts.touch_due(record, now))
 
-    async def _told(self, work: Coroutine[Any, Any, None]) -> None:
-        """Await *work*, and tell of a backend that could not do it, even if nobody waits for it any more."""
+    async def _told(self, work: Coroutine[Any, Any, None], outcome: asyncio.Future[None]) -> None:
+        """Await *work* and hand its end on to *outcome*; of a backend that could not do it, tell even if nobody waits
+        for it any more.
+        """
         try:
             await work
-        except BackendError as error:
-            self.refusal = error
-            self._emit("unavailable", detail=type(error).__name__)
-            raise
-        except (SessionConflict, SessionGone) as error:
-            self.refusal = error
-            raise
+        except Exception as error:  # noqa: BLE001 - the caller's
+            if isinstance(error, BackendError):
+                self._emit("unavailable", detail=type(error).__name__)
+            if isinstance(error, (BackendError, SessionConflict, SessionGone)):
+                self.refusal = error
+            if not outcome.done():
+                outcome.set_exception(error)
+        else:
+            if not outcome.done():
+                outcome.set_result(None)
+        finally:
+            # Of an event loop that ends: nobody else will look.
+            outcome.cancel()
 
-    async def _carry_out(self, draft: "_Draft", *, failed: bool, may_touch: bool) -> None:
+    async def _carry_out(self, draft: "_Draft", *, failed: bool, may_touch: Callable[[], bool]) -> None:
         """Perform *draft*; whenever another writer was faster, load and merge and decide again."""
         if await self._perform(draft):
             return
@@ -464,9 +551,8 @@ class Visit:
                 ours = self._set_here()
                 if not await self._delete(self._expected(draft.now)):
                     return False
-                dict.clear(self.session)
-                dict.update(self.session, ours)
-                await self._insert(encode(ours, self._manager.limits), draft)
+                self._put(ours)
+                await self._insert(encode(ours, self._manager.limits), replace(draft, data=ours))
             case Action.UPDATE | Action.RENEW:
                 if not await self._replace(draft):
                     return False
@@ -501,6 +587,7 @@ class Visit:
             record = replace(record, id=credential.id)
             await manager.backend.insert(record)
         self._adopt(record, credential)
+        self._settle(draft.data)
         self._gone = False
         self._emit("created")
         if draft.user is not None:
@@ -511,10 +598,11 @@ class Visit:
         before, credential = self._standing()
         renewed = draft.action is Action.RENEW
         fresh = Credential(before.id, new_secret()) if renewed else credential
-        record = self._next(before, draft, fresh.secret_hash)
+        record = self._next(before, draft, fresh.secret_hash if renewed else before.secret_hash)
         if not await self._manager.backend.replace(record, self._expected(draft.now)):
             return False
         self._adopt(record, fresh, told=renewed or self._to_be_told(before, record))
+        self._settle(draft.data)
         if renewed:
             self._emit("renewed")
         if record.user_id != before.user_id:
@@ -533,17 +621,22 @@ class Visit:
             authenticated_at = None
         elif draft.user != before.user_id or marks.login is not None:
             authenticated_at = draft.now
-        record = replace(
-            before,
-            secret_hash=secret_hash,
-            user_id=draft.user,
-            data=draft.text,
-            version=next_version(before.version),
-            authenticated_at=authenticated_at,
-            idle_timeout=marks.idle_timeout if marks.timeouts else before.idle_timeout,
-            persistent=before.persistent if marks.persistent is None else marks.persistent,
+        # Spelled out, since `replace` takes five times as long.
+        record = Record(
+            before.id,
+            secret_hash,
+            draft.user,
+            draft.text,
+            next_version(before.version),
+            before.created_at,
+            before.last_seen_at,
+            before.expires_at,
+            authenticated_at,
+            marks.idle_timeout if marks.timeouts else before.idle_timeout,
+            before.persistent if marks.persistent is None else marks.persistent,
+            before.client,
             # Written anew, so in this version's layout, whichever it was read in (R100).
-            format=FORMAT,
+            FORMAT,
         )
         if renewed or marks.timeouts or timeouts.touch_due(before, draft.now):
             record = replace(record, last_seen_at=max(before.last_seen_at, draft.now))
@@ -581,6 +674,8 @@ class Visit:
 
     def _adopt(self, record: Record, credential: Credential, *, told: bool = True) -> None:
         """Take *record* for what is stored now; *told* if the browser must learn of it."""
+        if self.record is None or record.data != self.record.data:
+            self._as_stored = None
         self.record, self._credential = record, credential
         if told:
             self._stale_key = False
@@ -603,8 +698,7 @@ class Visit:
         ours = dict(self.session.items())
         self._fill(await self._current())
         theirs = dict(self.session.items())
-        dict.clear(self.session)
-        dict.update(self.session, merge(baseline, theirs, ours))
+        self._put(merge(baseline, theirs, ours))
 
     async def _current(self) -> Record:
         """Return the row as it is stored now; raise `SessionGone` if it is no longer this visitor's."""
@@ -627,9 +721,9 @@ class Visit:
         result = _apply(change, {})
         text = encode(result, self._manager.limits)
         if result:
-            draft = _Draft(Action.INSERT, text, self._user_in(result), self._manager.clock())
+            draft = _Draft(Action.INSERT, text, self._user_in(result), self._manager.clock(), decode(text))
             await self._insert(text, draft)
-        dict.update(self.session, merge({}, result, pending))
+        self._put(merge({}, result, pending))
         return result
 
     async def _swap_in(self, change: Change) -> dict[str, Any]:
@@ -655,13 +749,12 @@ class Visit:
         text = encode(result, self._manager.limits)
         if text != before.data:
             marks, self.session.marks = self.session.marks, Marks()
-            record = self._next(before, _Draft(Action.UPDATE, text, before.user_id, now), before.secret_hash)
+            record = self._next(before, _Draft(Action.UPDATE, text, before.user_id, now, result), before.secret_hash)
             self.session.marks = marks
             if not await self._manager.backend.replace(record, self._expected(now)):
                 return None
             self._adopt(record, credential, told=self._to_be_told(before, record))
-        dict.clear(self.session)
-        dict.update(self.session, merge(baseline, decode(text), pending))
+        self._put(merge(baseline, decode(text), pending))
         return result
 
     def _set_here(self) -> dict[str, Any]:
@@ -676,8 +769,8 @@ class Visit:
         return self.record, self._credential
 
     def _expected(self, now: datetime) -> Expected:
-        record, credential = self._standing()
-        return Expected(record.version, credential.secret_hash, now)
+        record, _ = self._standing()
+        return Expected(record.version, record.secret_hash, now)
 
     def _conflict(self) -> SessionConflict:
         self._emit("conflict")
@@ -688,6 +781,15 @@ class Visit:
         self._manager.emit(Event(kind, session_id, self.record.user_id if self.record else None, detail=detail))
 
 
+def _visit(
+    manager: SessionManager, credential: Credential | None, *, stale_key: bool, client: Callable[[], str | None]
+) -> tuple[Visit, Session]:
+    visit = Visit(manager, credential, stale_key=stale_key, client=client)
+    session = Session(visit)
+    visit.attach(session)
+    return visit, session
+
+
 @dataclass(frozen=True, slots=True)
 class _Draft:
     """What a commit is about to write."""
@@ -696,6 +798,8 @@ class _Draft:
     text: str
     user: str | None
     now: datetime
+    #: The items that *text* says.
+    data: dict[str, Any]
 
 
 class _Turns:

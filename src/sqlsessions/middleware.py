@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from http import HTTPStatus
 from typing import Literal
 
@@ -134,14 +135,16 @@ class SessionMiddleware:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         values = cookies.read(scope["headers"], self._cookie_name)
-        visit = self._manager.open(values, client=lambda: _client(scope) if self._record_client else None)
-        if self._autoload and not self._skip.match(scope):
+        # Not of the scope, which will hold the visit: see `Visit.attach`.
+        client = partial(_client, scope.get("client"), scope["headers"]) if self._record_client else _unknown
+        visit, session = self._manager.open(values, client=client)
+        if self._autoload and not (self._skip and self._skip.match(scope)):
             await visit.load()
         if "session" in scope:
             # An application around this one has a session of its own, under another cookie, and goes on to see that.
             # Else not a copy: what is around this looks in its scope for the route that was found.
             scope = dict(scope)
-        scope["session"] = visit.session
+        scope["session"] = session
         scope[_VISITS] = {**scope.get(_VISITS, {}), self._cookie.name: visit}
         exchange = _Exchange(visit, scope, send, on_gone=self._on_gone, headers=self._headers)
         try:
@@ -247,7 +250,7 @@ class _Exchange:
         """Commit what was changed after the headers; answer, if the application's response was abandoned."""
         if self._failure is not None:
             await self._answer(self._failure)
-        else:
+        elif not self._visit.nothing_owed():
             await self._commit(failed=self._failed)
 
     async def fail(self, error: BaseException) -> None:
@@ -275,10 +278,11 @@ class _Exchange:
         headers = list(message.get("headers", ()))
         # A refused handshake has no headers of ours.
         self._visit.headers_sent = message["type"] == "websocket.close"
-        try:
-            await self._commit(failed=self._failed, may_touch=not _shared(headers))
-        except Exception as error:  # noqa: BLE001 - answered or raised once the application has stopped
-            self._failure = error
+        if not self._visit.nothing_owed():
+            try:
+                await self._commit(failed=self._failed, may_touch=lambda: not _shared(headers))
+            except Exception as error:  # noqa: BLE001 - answered or raised once the application has stopped
+                self._failure = error
         if status == HTTPStatus.INTERNAL_SERVER_ERROR and self._failure is None:
             # A mounted application has an error page of its own, which knows nothing of outages.
             self._failure = self._visit.refusal
@@ -289,7 +293,7 @@ class _Exchange:
             return message
         return {**message, "headers": self._dressed(headers)}
 
-    async def _commit(self, *, failed: bool, may_touch: bool = True) -> None:
+    async def _commit(self, *, failed: bool, may_touch: Callable[[], bool] = lambda: True) -> None:
         try:
             await self._visit.commit(failed=failed, may_touch=may_touch)
         except SessionGone:
@@ -379,6 +383,9 @@ class _Paths:
         self._prefixes = tuple(rule.rstrip("/") for rule in rules if isinstance(rule, str))
         self._patterns = [rule for rule in rules if not isinstance(rule, str)]
 
+    def __bool__(self) -> bool:
+        return bool(self._prefixes or self._patterns)
+
     def match(self, scope: Scope) -> bool:
         """Tell whether the request's path is one of these, or below one."""
         path: str = scope["path"]
@@ -395,10 +402,12 @@ def _visit(scope: Scope) -> Visit:
     raise ConfigurationError("SessionMiddleware must be installed around whatever loads a session")
 
 
-def _client(scope: Scope) -> str | None:
+def _unknown() -> None: ...
+
+
+def _client(client: tuple[str, int] | None, headers: list[tuple[bytes, bytes]]) -> str:
     """Return where the request came from, as the JSON text that a record keeps."""
-    client = scope.get("client")
-    agent = Headers(scope=scope).get("user-agent")
+    agent = Headers(raw=headers).get("user-agent")
     return json.dumps({"ip": client[0] if client else None, "user_agent": agent[:512] if agent else None})
 
 
@@ -443,6 +452,8 @@ def _private(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
 
 def _varied(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return *headers* with ``Cookie`` among what the response varies by (RFC 9110 §12.5.5); ``*`` says so already."""
+    if not any(key == b"vary" or key.lower() == b"vary" for key, _ in headers):
+        return [*headers, (b"vary", b"Cookie")]
     fields = [part.strip() for key, value in headers if key.lower() == b"vary" for part in value.split(b",")]
     if any(field == b"*" or field.lower() == b"cookie" for field in fields):
         return headers

@@ -4,7 +4,7 @@ What goes in comes out, on every database, or is refused with the path of the of
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, NoReturn
@@ -33,22 +33,24 @@ class Limits:
                 raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)!r}")
 
 
-def encode(data: Mapping[str, Any], limits: Limits, *, known: str | None = None) -> str:
+def encode(
+    data: Mapping[str, Any], limits: Limits, *, known: str | None = None, sound: Container[str] = frozenset()
+) -> str:
     """Return *data* as compact JSON text that decodes to exactly the same values.
 
     Raises `InvalidData` naming the path (``session['cart'][3]``) for anything JSON would alter or refuse: keys that
     are not str, tuples, sets, subclasses, NaN, lone surrogates, integers Python will not print, nesting deeper than
     31, or data over *limits*.
 
-    *known* is text that this returned before: data that still reads so is not inspected again, which for a cart of
-    twenty things is most of the cost of reading a session.
+    *known* is text that this returned before, and *sound* are keys whose values `decode` returned: neither is
+    inspected again, which for a cart of twenty things is most of the cost of a session.
     """
     text = None if known is None else _unchecked(data)
     if text is not None and text == known:
         return known
     if len(data) > limits.max_keys:
         raise InvalidData(f"session has {len(data)} keys; the limit is {limits.max_keys}")
-    _Inspector(limits.max_bytes).mapping(data.items(), (), 1)
+    _Inspector(limits.max_bytes).mapping([item for item in data.items() if item[0] not in sound], (), 1)
     if text is None:
         text = _encode(dict(data.items()))
     size = len(text) if text.isascii() else len(text.encode())
@@ -70,13 +72,19 @@ def decode(text: object) -> dict[str, Any]:
     if not isinstance(text, str):
         raise CorruptData(f"stored data is {type(text).__name__}, not text")
     try:
-        data = _decode(text)
+        data = _parsed(text.lstrip())
     except (ValueError, RecursionError):
         # The cause would carry the document into a traceback.
         raise CorruptData("stored data is not valid JSON") from None
     if type(data) is not dict:
         raise CorruptData(f"stored data is a JSON {type(data).__name__}, not an object")
     return data
+
+
+def _parsed(text: str) -> Any:
+    data, end = _raw_decode(text)
+    # Only what `encode` did not write has anything behind it.
+    return data if end == len(text) else _decode(text)
 
 
 def changed_keys(baseline: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:
@@ -114,7 +122,8 @@ def _finite(literal: str) -> float:
     return number
 
 
-_decode = json.JSONDecoder(parse_constant=_constant, parse_float=_finite).decode
+_decoder = json.JSONDecoder(parse_constant=_constant, parse_float=_finite)
+_decode, _raw_decode = _decoder.decode, _decoder.raw_decode
 
 
 def _too_large(limit: int, size: int | None = None) -> InvalidData:

@@ -11,6 +11,9 @@ from sqlsessions.errors import ConfigurationError, InvalidData
 FORMAT = 1
 
 
+#: The longest interval between two touches of a session in use.
+_TOUCH = timedelta(minutes=5)
+
 #: Characters of a user id: the width of its column.
 MAX_USER_ID = 255
 
@@ -111,7 +114,7 @@ class Timeouts:
 
     def touch_interval(self, record: Record) -> timedelta:
         """Return how long a touch waits after the previous one: five minutes, or a tenth of a short idle timeout."""
-        return min(timedelta(minutes=5), self.idle_of(record) / 10)
+        return min(_TOUCH, self.idle_of(record) / 10)
 
     def expires_at(self, record: Record) -> datetime:
         """Return the instant *record* ends if it is never used again after its ``last_seen_at``."""
@@ -124,16 +127,23 @@ class Timeouts:
         The timeouts configured now are applied to the stored instants, so that shortening them in the configuration
         ends existing sessions too; lengthening them never revives one.
         """
-        return min(record.expires_at, self.expires_at(record)) <= now
+        return (
+            record.expires_at <= now
+            or now - record.last_seen_at >= self.idle_of(record)
+            or now - (record.authenticated_at or record.created_at) >= self.absolute
+        )
 
     def touch_due(self, record: Record, now: datetime) -> bool:
         """Tell whether enough time has passed for a use of *record* at *now* to be worth a write."""
-        return now - record.last_seen_at >= self.touch_interval(record)
+        since = now - record.last_seen_at
+        return since >= _TOUCH or since * 10 >= self.idle_of(record)
 
 
 def _storable(text: str) -> bool:
     """Tell whether every database takes *text* in a column: PostgreSQL refuses NUL, UTF-8 a lone surrogate."""
-    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+    if "\0" in text:
+        return False
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _later(instant: datetime, span: timedelta) -> datetime:

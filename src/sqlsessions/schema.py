@@ -279,7 +279,7 @@ class Spelled:
         self._pick: Callable[[Mapping[str, Any]], Sequence[Any]] = (
             itemgetter(*names) if len(names) > 1 else lambda parameters: [parameters[name] for name in names]
         )
-        binds = [compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect) for name in names]
+        binds = [_bind_processor(compiled.binds[name].type, dialect) for name in names]
         self._process = [(place, process) for place, process in enumerate(binds) if process is not None]
         chosen = statement.selected_columns if isinstance(statement, sa.Select) else ()
         reads = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in chosen]
@@ -305,6 +305,23 @@ class Spelled:
         for place, process in self._read:
             values[place] = process(values[place])
         return values
+
+
+def _bind_processor(type_: Any, dialect: Dialect) -> Callable[[Any], Any] | None:
+    """Return what makes of a value what the driver takes; None where asyncpg takes Python's own."""
+    if dialect.name == "postgresql" and isinstance(type_, (sa.Boolean, sa.LargeBinary)):
+        return None
+    if dialect.name == "postgresql" and isinstance(type_, UtcDateTime):
+        return _aware
+    processor: Callable[[Any], Any] | None = type_.dialect_impl(dialect).bind_processor(dialect)
+    return processor
+
+
+def _aware(value: datetime | None) -> datetime | None:
+    """Return *value*, which asyncpg would take for local time if it were naive."""
+    if value is not None and value.tzinfo is not UTC and value.tzinfo is None:
+        raise ValueError("naive datetime")
+    return value
 
 
 def _later(column: sa.ColumnElement[datetime]) -> sa.ColumnElement[datetime]:

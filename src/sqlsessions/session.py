@@ -16,6 +16,10 @@ from sqlsessions.record import Record, principal
 Change = Callable[[dict[str, Any]], Mapping[str, Any] | None]
 
 
+#: Types of JSON values that cannot change under whoever holds them.
+CONSTANT = frozenset({str, int, float, bool, type(None)})
+
+
 @dataclass(slots=True)
 class Marks:
     """What a handler asked for besides data; carried out at the next commit."""
@@ -28,6 +32,11 @@ class Marks:
     idle_timeout: int | None = None
     timeouts: bool = False
     persistent: bool | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether anything was asked for."""
+        return bool(self.ended or self.renew or self.login is not None or self.timeouts or self.persistent is not None)
 
 
 class SessionOps(Protocol):
@@ -74,13 +83,17 @@ class Session(dict[str, Any]):
     Use it as ``request.session``. Nothing is stored for a session that was never filled.
     """
 
-    __slots__ = ("_ops", "accessed", "marks")
+    __slots__ = ("__weakref__", "_ops", "accessed", "lent", "marks", "written")
 
     def __init__(self, ops: SessionOps) -> None:
         super().__init__()
         self._ops = ops
         #: Whether a handler looked at the session: the response varies by cookie then.
         self.accessed = False
+        #: Whether a handler may hold a value that can change without the session noticing: a dict or a list.
+        self.lent = False
+        #: Whether a handler set or deleted a key.
+        self.written = False
         self.marks = Marks()
 
     def __repr__(self) -> str:
@@ -230,7 +243,7 @@ class Session(dict[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         self.mark_accessed()
-        return super().__getitem__(key)
+        return self._lend(super().__getitem__(key))
 
     def __contains__(self, key: object) -> bool:
         self.mark_accessed()
@@ -269,7 +282,7 @@ class Session(dict[str, Any]):
     def get(self, key: str, default: Any = None, /) -> Any:
         """Return the value of *key*, else *default*."""
         self.mark_accessed()
-        return super().get(key, default)
+        return self._lend(super().get(key, default))
 
     def keys(self) -> KeysView[str]:  # type: ignore[override]
         """Return a view of the keys."""
@@ -279,11 +292,13 @@ class Session(dict[str, Any]):
     def values(self) -> ValuesView[Any]:  # type: ignore[override]
         """Return a view of the values."""
         self.mark_accessed()
+        self.lent = True
         return super().values()
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         """Return a view of the items."""
         self.mark_accessed()
+        self.lent = True
         return super().items()
 
     def copy(self) -> dict[str, Any]:
@@ -301,7 +316,7 @@ class Session(dict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._before_write(key)
-        super().__setitem__(key, value)
+        super().__setitem__(key, self._lend(value))
 
     def __delitem__(self, key: str) -> None:
         self._before_write(key)
@@ -326,14 +341,20 @@ class Session(dict[str, Any]):
         """Return the value of *key*, which is set to *default* if absent."""
         if key not in self:
             self._before_write(key)
-        return super().setdefault(key, default)
+        return self._lend(super().setdefault(key, default))
 
     def update(self, *others: Any, **items: Any) -> None:
         """Set several keys; all or, when it is too late for a cookie that they would need, none."""
         changes: dict[str, Any] = {}
         changes.update(*others, **items)
         self._before_write(*changes)
+        self.lent = True
         super().update(changes)
+
+    def _lend(self, value: Any) -> Any:
+        if type(value) not in CONSTANT:
+            self.lent = True
+        return value
 
     def _seen(self) -> Record | None:
         self.mark_accessed()
@@ -342,6 +363,7 @@ class Session(dict[str, Any]):
     def _before_write(self, *keys: str) -> None:
         """Refuse at once what would need a cookie that can no longer be sent."""
         self.mark_accessed()
+        self.written = True
         if not self._ops.headers_sent:
             return
         if self._ops.record is None or self.marks.ended:

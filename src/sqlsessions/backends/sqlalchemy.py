@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -50,6 +51,8 @@ _SERIALIZATION = frozenset({"40001", "40P01"})
 #: The longest wait before each further try, in seconds.
 _PAUSES = (0.02, 0.04, 0.08)
 
+_FIELDS = attrgetter(*Record.__slots__)
+
 #: An instant at which every record has expired.
 _FOREVER = datetime.max.replace(tzinfo=UTC)
 #: How many rows one statement of `delete_all` takes.
@@ -86,7 +89,6 @@ class SQLAlchemyBackend(Revocation):
         self._deadline = deadline.total_seconds()
         self._rooms: dict[asyncio.AbstractEventLoop, _Room] = {}
         self._inherited: list[object] = []
-        self._pid = os.getpid()
 
     def __repr__(self) -> str:
         return f"<SQLAlchemyBackend {self._statements.table.fullname!r} on {self._model.dialect.name}>"
@@ -97,7 +99,7 @@ class SQLAlchemyBackend(Revocation):
 
         Raises `CorruptData` for a row that this library cannot have written.
         """
-        return await (await self._room()).read(_Read(id, {"the_id": id, "now": now}))
+        return await (self._at_hand() or await self._opened()).read(_Read(id, {"the_id": id, "now": now}))
 
     async def insert(self, record: Record) -> None:
         """Store a new record: one INSERT. Raise `DuplicateId` rather than overwrite."""
@@ -106,7 +108,8 @@ class SQLAlchemyBackend(Revocation):
     async def replace(self, record: Record, expected: Expected) -> bool:
         """Store *record* if the row still matches *expected*: one UPDATE."""
         values = _values(record)
-        values.update(_unchanged(values.pop("id"), expected))
+        del values["id"]
+        values.update(_unchanged(record.id, expected))
         return await self._write(self._statements.replace, record.id, values, _stored(record))
 
     async def touch(self, id: UUID, secret_hash: bytes, *, now: datetime, expires_at: datetime) -> bool:  # noqa: A002
@@ -161,7 +164,7 @@ class SQLAlchemyBackend(Revocation):
             await room.aclose()
 
     async def _run(self, operation: Callable[["_Turn"], Awaitable[T]]) -> T:
-        room = await self._room()
+        room = self._at_hand() or await self._opened()
         return await room.supervisor.run(lambda lease: _translated(operation(_Turn(room.connections, lease))))
 
     async def _write(
@@ -171,24 +174,27 @@ class SQLAlchemyBackend(Revocation):
         parameters: dict[str, Any],
         done: Callable[[Any], bool] | None = None,
     ) -> bool:
-        return await (await self._room()).write(_Change(id, parameters, write, done))
+        return await (self._at_hand() or await self._opened()).write(_Change(id, parameters, write, done))
 
-    async def _room(self) -> "_Room":
+    def _at_hand(self) -> "_Room | None":
+        """Return the running event loop's room, if it has one in this process."""
+        room = self._rooms.get(asyncio.get_running_loop())
+        return room if room is not None and room.process is _Process.current else None
+
+    async def _opened(self) -> "_Room":
         loop = asyncio.get_running_loop()
-        if self._pid != os.getpid():
-            # Forked: the parent's sockets are not ours to use, nor to close, as forgetting them would.
-            self._inherited.append(self._rooms)
-            self._rooms, self._pid = {}, os.getpid()
-        room = self._rooms.get(loop)
-        if room is None:
-            # By copies of the keys: loops in other threads come and go meanwhile.
-            for ended in [other for other in list(self._rooms) if other.is_closed()]:
-                self._rooms.pop(ended, None)
-            kept = not any(other.connections.kept for other in list(self._rooms.values()))
-            connections = Connections(self._model, self._statements, kept=kept)
-            supervisor = Supervisor(slots=self._pool_size, deadline=self._deadline, breaker=CircuitBreaker())
-            room = self._rooms[loop] = _Room(connections, supervisor, self._statements, batch=self._batch)
-            await room.open()
+        # By copies of the keys: loops in other threads come and go meanwhile.
+        for other, room in list(self._rooms.items()):
+            if room.process is not _Process.current:
+                # Forked: the parent's sockets are not ours to use, nor to close, as forgetting them would.
+                self._inherited.append(self._rooms.pop(other))
+            elif other.is_closed():
+                self._rooms.pop(other, None)
+        kept = not any(other.connections.kept for other in list(self._rooms.values()))
+        connections = Connections(self._model, self._statements, kept=kept)
+        supervisor = Supervisor(slots=self._pool_size, deadline=self._deadline, breaker=CircuitBreaker())
+        room = self._rooms[loop] = _Room(connections, supervisor, self._statements, batch=self._batch)
+        await room.open()
         return room
 
     async def _purge(self, turn: "_Turn", before: datetime, limit: int) -> int:
@@ -198,12 +204,27 @@ class SQLAlchemyBackend(Revocation):
         return await turn.count(self._statements.purge, {"ids": [row.id for row in found], "before": before})
 
 
+class _Process:
+    """A token of this process; a fork has another. Asking the system for the process's number costs every request."""
+
+    current = object()
+
+    @classmethod
+    def forked(cls) -> None:
+        """Begin anew."""
+        cls.current = object()
+
+
+os.register_at_fork(after_in_child=_Process.forked)
+
+
 class _Room:
     """What one event loop has: connections, the supervisor of what runs on them, a lane each for reads and writes."""
 
     def __init__(
         self, connections: Connections, supervisor: Supervisor, statements: Statements, *, batch: bool
     ) -> None:
+        self.process = _Process.current
         self.connections = connections
         self.supervisor = supervisor
         reader, writer = _Reader(connections, statements), _Writer(connections, statements)
@@ -448,7 +469,7 @@ def _unchanged(id: UUID, expected: Expected) -> dict[str, Any]:  # noqa: A002
 
 
 def _values(record: Record) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in Record.__slots__}
+    return dict(zip(Record.__slots__, _FIELDS(record), strict=True))
 
 
 def _stored(record: Record) -> Callable[[Any], bool]:
