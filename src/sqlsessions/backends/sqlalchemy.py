@@ -199,9 +199,10 @@ class SQLAlchemyBackend(Revocation):
 
     async def _purge(self, turn: "_Turn", before: datetime, limit: int) -> int:
         found = await turn.rows(self._statements.expired, {"before": before, "limit": limit})
-        if not found:
+        ids = [row.id for row in found if row.id is not None]
+        if not ids:
             return 0
-        return await turn.count(self._statements.purge, {"ids": [row.id for row in found], "before": before})
+        return await turn.count(self._statements.purge, {"ids": ids, "before": before})
 
 
 class _Process:
