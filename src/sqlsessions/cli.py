@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlsessions import migrate
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
 from sqlsessions.errors import ConfigurationError, SessionError
-from sqlsessions.purge import MAX_BATCH_SIZE, purge, purge_forever
+from sqlsessions.purge import BATCH_SIZE, MAX_BATCH_SIZE, purge, purge_forever
 from sqlsessions.record import utc_now
 from sqlsessions.schema import DEFAULT_TABLE, async_url, sessions_table
 
@@ -231,9 +231,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--batch-size",
         type=_batch_size,
-        default=1_000,
+        default=BATCH_SIZE,
         metavar="N",
-        help=f"sessions per statement, 1 to {MAX_BATCH_SIZE} (default: 1000)",
+        help=f"sessions per statement, 1 to {MAX_BATCH_SIZE} (default: {BATCH_SIZE})",
     )
     command.add_argument(
         "--every",
