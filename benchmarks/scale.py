@@ -404,10 +404,13 @@ async def measure_reads(server: PostgresServer, rounds: int) -> None:
         await fill(url, size, items=2)
         backends[size] = SQLAlchemyBackend(url)
     medians: dict[int, list[float]] = {size: [] for size in TABLE_SIZES}
-    for turn, size in itertools.product(range(rounds + 1), TABLE_SIZES):
-        waits = [await _read_once(backends[size], size) for _ in range(READS)]
-        if turn:  # the first round warms the memory
-            medians[size].append(median(waits) * 1e6)
+    for turn in range(rounds + 1):
+        waits: dict[int, list[float]] = {size: [] for size in TABLE_SIZES}
+        # One read from each in turn, so that whatever else the machine does slows all of them alike.
+        for _, size in itertools.product(range(READS), TABLE_SIZES):
+            waits[size].append(await _read_once(backends[size], size))
+        for size in TABLE_SIZES if turn else ():  # the first round warms the memory
+            medians[size].append(median(waits[size]) * 1e6)
             _say(f"reads, round {turn}: {size:,} rows {medians[size][-1]:.0f} µs")
     for backend in backends.values():
         await backend.aclose()
