@@ -294,6 +294,11 @@ CORRUPT: dict[str, object] = {
     "None": None,
     "an object": {"a": 1},
     "a control character": '{"a":"\n"}',
+    "an escaped lone surrogate": '{"a":["\\uD800"]}',
+    "an escaped lone surrogate in a key": '{"\\udfff":"é"}',
+    "a lone surrogate": '{"a":"\udc00"}',
+    "lists too deep for MariaDB": '{"a":' + "[" * MAX_DEPTH + "]" * MAX_DEPTH + "}",
+    "objects too deep for MariaDB": '{"a":' * MAX_DEPTH + "{}" + "}" * MAX_DEPTH,
 }
 
 
@@ -398,6 +403,21 @@ def test_known_text() -> None:
     assert encode(decode(known), LIMITS, known=known) is known
     # Not even where the limits have become lower since it was stored: it is there, and is not written again.
     assert encode(decode(known), Limits(max_bytes=1), known=known) is known
+
+
+def test_known_text_over_limits() -> None:
+    """Data that nobody has changed is no error, however it is spelled and whatever the limits say today (R99)."""
+    known = '{ "a": "\\u0041", "b": "%s" }' % ("x" * 100)
+    assert encode(decode(known), Limits(max_bytes=50), known=known) == known
+    assert encode(decode(known), Limits(max_keys=1), known=known) == known
+    with pytest.raises(InvalidData, match="the limit is 50"):
+        encode(decode(known) | {"c": 1}, Limits(max_bytes=50), known=known)
+
+
+def test_many_brackets() -> None:
+    """Data of many lists and objects is deep only where they are within each other; so are brackets in a text."""
+    wide = {"a": [{"b": []}] * 100, "c": "[{" * 100, "d": json.loads("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))}
+    assert decode(encode(wide, LIMITS)) == wide
 
 
 @pytest.mark.parametrize(

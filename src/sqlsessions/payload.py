@@ -48,6 +48,16 @@ def encode(
     text = None if known is None else _unchecked(data)
     if text is not None and text == known:
         return known
+    try:
+        return _checked(data, limits, text)
+    except InvalidData:
+        # It is spelled otherwise than we would, and over limits that were lowered since, but nobody has changed it.
+        if known is not None and text is not None and text == _unchecked(decode(known)):
+            return known
+        raise
+
+
+def _checked(data: Mapping[str, Any], limits: Limits, text: str | None) -> str:
     if len(data) > limits.max_keys:
         raise InvalidData(f"session has {len(data)} keys; the limit is {limits.max_keys}")
     _Inspector(limits.max_bytes).mapping([item for item in data.items() if item[0] not in sound], (), 1)
@@ -78,6 +88,11 @@ def decode(text: object) -> dict[str, Any]:
         raise CorruptData("stored data is not valid JSON") from None
     if type(data) is not dict:
         raise CorruptData(f"stored data is a JSON {type(data).__name__}, not an object")
+    if not text.isascii() or "\\u" in text:
+        _check_text(data)
+    # Nothing is deeper than it has brackets.
+    if text.count("{") + text.count("[") > MAX_DEPTH and _too_deep(data):
+        raise CorruptData(f"stored data is nested deeper than {MAX_DEPTH} levels")
     return data
 
 
@@ -109,6 +124,25 @@ def merge(baseline: Mapping[str, Any], theirs: Mapping[str, Any], ours: Mapping[
     merged = {key: value if key in news else ours[key] for key, value in theirs.items() if key in news or key in ours}
     merged.update({key: value for key, value in ours.items() if key in changed})
     return merged
+
+
+def _check_text(data: dict[str, Any]) -> None:
+    try:
+        _encode(data).encode()
+    except UnicodeEncodeError:
+        raise CorruptData("stored data holds a lone surrogate, which is not text (RFC 3629)") from None
+
+
+def _too_deep(data: dict[str, Any]) -> bool:
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in (dict, list)
+        ]
+    return bool(level)
 
 
 def _constant(name: str) -> NoReturn:
