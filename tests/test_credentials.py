@@ -127,6 +127,7 @@ def test_versions() -> None:
     assert all(7 < next_version(7) <= 7 + 2**32 for _ in range(1000))
     assert len({next_version(7) for _ in range(1000)}) == 1000
     assert 2**31 * 2**32 <= 2**63
+    assert all(0 <= next_version(2**63 - 1) < 2**32 for _ in range(1000))
 
 
 def test_hash() -> None:

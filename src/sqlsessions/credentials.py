@@ -75,9 +75,9 @@ def next_version(version: int) -> int:
     million).
 
     A writer whose connection broke after sending reads the row again and knows by this whether the write is its own.
-    2³¹ writes fit.
+    2³¹ writes fit, and then it begins anew: all that matters is that it is another.
     """
-    return version + 1 + random.getrandbits(32)
+    return (version + 1 + random.getrandbits(32)) % 2**63
 
 
 def hash_secret(secret: bytes) -> bytes:
