@@ -4,7 +4,7 @@ import base64
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -28,6 +28,7 @@ from sqlsessions import (
     Session,
     SessionAutoloadMiddleware,
     SessionMiddleware,
+    SQLAlchemyBackend,
     load_session,
 )
 from sqlsessions.credentials import CookieSigner, Credential, new_id, new_secret
@@ -51,6 +52,7 @@ from tests.asgi import (
     read,
     serve,
 )
+from tests.looking import sql
 
 pytestmark = pytest.mark.anyio
 
@@ -927,7 +929,13 @@ async def test_gone_raised(site: Site) -> None:
     assert (answer.header("cache-control"), answer.header("retry-after")) == ("no-store", None)
 
 
-@pytest.mark.parametrize("data", ["null", "[]", "1", '"{}"', '{"n": 1e999}', '[{"n": 1}]'])
+@pytest.mark.parametrize(
+    "data",
+    [
+        "null", "[]", "1", '"{}"', '{"n": 1e999}', '[{"n": 1}]', '{"n": "\\ud800"}', '{"n": %s}' % ("["*31 + "]"*31),
+        '{"user_id": [1]}', '{"user_id": ""}', '{"user_id": true}', '{"user_id": "a\\u0000"}',
+    ],
+)  # fmt: skip
 async def test_corrupt_row(site: Site, data: str) -> None:
     """A row that we cannot have written is an anonymous visitor and an event, again and again, never a 5xx (R99)."""
     await corrupted(site, data)
@@ -949,6 +957,55 @@ async def corrupted(site: Site, data: str) -> None:
         answer = await browser.visit(read)
         assert (answer.status, answer.json(), answer.set_cookie) == (200, {}, None)
     assert (site.kinds, site.statements) == (["corrupt"] * 2, ["SELECT"] * 2)
+
+
+@pytest.mark.parametrize("idle_timeout", [10**15, -(10**15), 2**63 - 1])
+async def test_corrupt_timeout(sqlite_sessions_url: str, statements: list[str], idle_timeout: int) -> None:
+    """Nor does a timeout beyond any calendar, which SQLite has room for (R99)."""
+    site = Site(SQLAlchemyBackend(sqlite_sessions_url), statements)
+    browser = await site.visitor()
+    await sql(sqlite_sessions_url, "UPDATE web_sessions SET idle_timeout = :seconds", seconds=idle_timeout)
+    for _ in range(2):
+        answer = await browser.visit(read)
+        assert (answer.status, answer.json(), answer.set_cookie) == (200, {}, None)
+    assert site.kinds == ["corrupt"] * 2
+    await site.backend.aclose()
+
+
+async def test_largest_version(memory: Site) -> None:
+    """A row of the largest version that a column takes is written like any other (R99)."""
+    browser = await memory.visitor()
+    record = await memory.record()
+    await memory.backend.replace(replace(record, version=2**63 - 1), Expected(0, record.secret_hash, memory.clock()))
+    await browser.visit(change(n=2))
+    assert ((await memory.record()).data, (await memory.record()).version < 2**63) == ('{"n":2}', True)
+
+
+@pytest.mark.parametrize(
+    ("use", "status"),
+    [
+        (lambda session: session.save(), 409),
+        (lambda session: session.reload(), 409),
+        (lambda session: session.atomic(lambda data: data | {"m": 1}), 409),
+        (None, 200),
+    ],
+    ids=["save", "reload", "atomic", "commit"],
+)
+async def test_corrupt_meanwhile(memory: Site, use: Callable[[Session], Awaitable[object]] | None, status: int) -> None:
+    """A row that becomes unreadable while a request runs is gone to it, with an event that says why (R99)."""
+    browser = await memory.visitor()
+
+    async def handler(request: Request) -> None:
+        request.session["n"] = 2
+        record = await memory.record()
+        spoiled = replace(record, data="{", version=record.version + 1)
+        await memory.backend.replace(spoiled, Expected(record.version, record.secret_hash, memory.clock()))
+        if use is not None:
+            await use(request.session)
+
+    answer = await browser.visit(handler)
+    assert (answer.status, answer.set_cookie, memory.kinds) == (status, None, ["corrupt"])
+    assert (await memory.record()).data == "{"
 
 
 class Rival(TellingBackend):

@@ -107,6 +107,9 @@ def decide(facts: Facts) -> Action:  # noqa: PLR0911 - a row of the table each
     return Action.TOUCH if facts.touch_due else Action.NOTHING
 
 
+#: How a row shows that nobody here has written it: by data that does not decode, or a timeout beyond any calendar.
+_CORRUPT = (CorruptData, OverflowError)
+
 #: Actions that are worth nothing without a cookie.
 _NEED_COOKIE = frozenset({Action.INSERT, Action.RENEW, Action.DELETE_THEN_INSERT, Action.SWITCH_USER})
 
@@ -316,7 +319,7 @@ class Visit:
         if self.record is None:
             dict.clear(self.session)
         else:
-            self._fill(await self._current())
+            await self._refresh()
 
     async def atomic(self, change: Change) -> dict[str, Any]:
         """Apply *change* to what is stored and commit it; see `Session.atomic`."""
@@ -423,6 +426,11 @@ class Visit:
     def _fill(self, record: Record) -> None:
         """Take *record* for what is stored, and its data for the session's."""
         data = decode(record.data)
+        if self.user_key is not None:
+            try:
+                principal(data.get(self.user_key))
+            except InvalidData:
+                raise CorruptData("stored data holds what cannot be a user id") from None
         session = self.session
         self.record, self._as_stored = record, data
         dict.clear(session)
@@ -439,7 +447,7 @@ class Visit:
             refusal = self._refusal(credential, record, now)
             if refusal is None and record is not None:
                 self._fill(record)
-        except CorruptData:
+        except _CORRUPT:
             refusal = "corrupt"
         if refusal is not None:
             self._emit(refusal)
@@ -696,22 +704,28 @@ class Visit:
         before, _ = self._standing()
         baseline = decode(before.data)
         ours = dict(self.session.items())
-        self._fill(await self._current())
+        await self._refresh()
         theirs = dict(self.session.items())
         self._put(merge(baseline, theirs, ours))
 
-    async def _current(self) -> Record:
-        """Return the row as it is stored now; raise `SessionGone` if it is no longer this visitor's."""
+    async def _refresh(self) -> None:
+        """Take the row as it is stored now for the session; raise `SessionGone` if it is no longer this visitor's, or
+        nobody can read it.
+        """
         before, credential = self._standing()
         now = self._manager.clock()
-        record = await self._manager.backend.load(before.id, now)
-        refusal = self._refusal(credential, record, now)
-        if record is None or refusal is not None:
-            self._emit("superseded" if refusal == "superseded" else "gone")
-            self.record = self._credential = self.cookie = None
-            self._gone = True
-            raise SessionGone("the session ended while the request ran: the change was not stored")
-        return record
+        try:
+            record = await self._manager.backend.load(before.id, now)
+            refusal = self._refusal(credential, record, now)
+            if refusal is None and record is not None:
+                self._fill(record)
+                return
+        except _CORRUPT:
+            refusal = "corrupt"
+        self._emit(refusal if refusal in ("superseded", "corrupt") else "gone")
+        self.record = self._credential = self.cookie = None
+        self._gone = True
+        raise SessionGone("the session ended while the request ran: the change was not stored")
 
     async def _begin_with(self, change: Change) -> dict[str, Any]:
         """Create the session with what *change* makes of nothing; pending keys follow with the next commit."""
