@@ -4,6 +4,7 @@
     python3 dev.py demo [--port N]         the demo application, on an embedded SQLite database
     python3 dev.py test [pytest options]   the test suite
     python3 dev.py check                   lint, format, types and import rules
+    python3 dev.py fuzz [--seconds N]      hostile input, by atheris, for so long at each of its targets
 
 Any Python from 3.11 on will do, with or without ensurepip, also one whose pip refuses to install ("externally
 managed"): nothing outside `.venv` is touched.
@@ -102,6 +103,11 @@ def test(arguments: list[str]) -> None:
     _become([_python("test"), "-m", "pytest", *arguments])
 
 
+def fuzz(arguments: list[str]) -> None:
+    """Become the fuzzer."""
+    _become([_python("fuzz"), "-m", "tests.fuzz", *arguments])
+
+
 def check() -> None:
     """Run every gate, also after one that fails; exit with 1 if any did."""
     python = _python("test")
@@ -153,16 +159,19 @@ def main(arguments: list[str]) -> None:
     """Run the command that `arguments` name."""
     parser = argparse.ArgumentParser("dev.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | test | check")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | test | check | fuzz")
     commands.add_parser("demo").add_argument("--port", type=int, default=8000)
     commands.add_parser("test")
     commands.add_parser("check")
-    # argparse would claim pytest's options for itself, so it never sees them.
-    options = parser.parse_args(arguments[:1] if arguments[:1] == ["test"] else arguments)
+    commands.add_parser("fuzz")
+    # argparse would claim pytest's and the fuzzer's options for itself, so it never sees them.
+    options = parser.parse_args(arguments[:1] if arguments[:1] in (["test"], ["fuzz"]) else arguments)
     if options.command == "demo":
         demo(options.port)
     elif options.command == "test":
         test(arguments[1:])
+    elif options.command == "fuzz":
+        fuzz(arguments[1:])
     else:
         check()
 

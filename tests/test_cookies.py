@@ -110,12 +110,18 @@ HOSTILE_UNITS = {
 
 @pytest.mark.parametrize("unit", HOSTILE_UNITS.values(), ids=HOSTILE_UNITS)
 def test_hostile_headers(unit: bytes) -> None:
-    """The work for a hostile header grows no faster than the header, and 64 KiB take no noticeable time (R22)."""
+    """The work for a hostile header grows no faster than the header, and 64 KiB take less than 20 ms of CPU time (R22).
+
+    A collection of garbage may fall into any one reading, so that the shortest of three counts.
+    """
     header = b"session=x;" + unit * (HOSTILE // len(unit))
     assert work(header) <= 2.1 * work(header[: HOSTILE // 2]) + 20
-    started = time.process_time()
-    cookies.read(sent(header), b"session")
-    assert time.process_time() - started < 0.5
+    spent = []
+    for _ in range(3):
+        started = time.process_time()
+        cookies.read(sent(header), b"session")
+        spent.append(time.process_time() - started)
+    assert min(spent) < 0.02
 
 
 def test_hostile_distinct_values() -> None:

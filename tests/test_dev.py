@@ -157,6 +157,12 @@ def test_pytest_options(become: list[list[str]]) -> None:
     assert become == [["python", "-m", "pytest", "-k", "cookie", "--help", "--", "-x"]]
 
 
+def test_fuzz_options(become: list[list[str]]) -> None:
+    """So does everything after `fuzz` reach the fuzzer."""
+    dev.main(["fuzz", "--seconds", "3", "row"])
+    assert become == [["python", "-m", "tests.fuzz", "--seconds", "3", "row"]]
+
+
 @pytest.mark.parametrize("url", [None, "postgresql+asyncpg://localhost/app"])
 def test_demo(become: list[list[str]], monkeypatch: pytest.MonkeyPatch, url: str | None) -> None:
     """The demo migrates the database of the environment, or else a file beside it, and then serves."""
