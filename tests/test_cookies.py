@@ -87,10 +87,10 @@ def test_several_headers() -> None:
 def test_too_many_candidates() -> None:
     """More values of one name than a browser could mean are all refused, so that signature checks are bounded (R22)."""
     many = [b"session=%d" % number for number in range(MAX_CANDIDATES)]
-    assert len(cookies.read(sent(b"; ".join(many)), b"session")) == MAX_CANDIDATES
-    assert len(cookies.read(sent(b"; ".join([*many, *many])), b"session")) == MAX_CANDIDATES
-    assert cookies.read(sent(b"; ".join([*many, b"session=one more"])), b"session") == []
-    assert cookies.read(sent(*many, b"session=one more"), b"session") == []
+    for least in (many, [*many, *many]):
+        assert len(cookies.read(sent(b"; ".join(least)), b"session") or ()) == MAX_CANDIDATES
+    assert cookies.read(sent(b"; ".join([*many, b"session=one more"])), b"session") is None
+    assert cookies.read(sent(*many, b"session=one more"), b"session") is None
 
 
 HOSTILE_UNITS = {

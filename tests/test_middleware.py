@@ -356,6 +356,20 @@ async def test_duplicate_cookies(site: Site) -> None:
         assert site.events.pop().kind == "duplicate_cookie"
 
 
+async def test_too_many_cookies(memory: Site) -> None:
+    """A cookie among more look-alikes than are read is refused with them, and an event says why (R22, R109)."""
+    browser = await memory.visitor()
+    value = browser.cookies[COOKIE]
+    fillers = [f"filler{number}" for number in range(32)]
+    answer = await ask(memory.app, handler=read, headers=cookie_header(*fillers[1:], value))
+    assert (answer.json(), memory.kinds) == ({"n": 1}, [])
+    memory.forget()
+    for values in ([value, *fillers], [*fillers, value]):
+        answer = await ask(memory.app, handler=read, headers=cookie_header(*values))
+        assert (answer.json(), answer.set_cookie, memory.statements) == ({}, None, [])
+        assert memory.events.pop().kind == "too_many_cookies"
+
+
 async def test_session_from_elsewhere(site: Site) -> None:
     """A cookie's value in the URL, another header or the body opens nothing (R23)."""
     browser = await site.visitor()

@@ -96,9 +96,9 @@ class CookieSettings:
             )
 
 
-def read(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
-    """Return the distinct values sent for the cookie *name*, in any number of Cookie headers; none if there are too
-    many.
+def read(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes] | None:
+    """Return the distinct values sent for the cookie *name*, in any number of Cookie headers; None if they are more
+    than `MAX_CANDIDATES`.
 
     The name is compared exactly and case-sensitively, only spaces and tabs are stripped, and nothing is unquoted. In
     time proportional to the headers' length.
@@ -111,6 +111,6 @@ def read(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
             found, equals, value = pair.partition(b"=")
             if equals and found.strip(b" \t") == name and (value := value.strip(b" \t")) not in values:
                 if len(values) == MAX_CANDIDATES:
-                    return []
+                    return None
                 values.append(value)
     return values

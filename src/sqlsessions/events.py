@@ -24,6 +24,7 @@ EventKind = Literal[
     "corrupt",
     "bad_signature",
     "duplicate_cookie",
+    "too_many_cookies",
     "unavailable",
     "purged",
 ]

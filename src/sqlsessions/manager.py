@@ -157,14 +157,17 @@ class SessionManager:
         self._commits: dict[asyncio.Task[None], Session] = {}
 
     def open(
-        self, values: Sequence[bytes], *, client: Callable[[], str | None] = lambda: None
+        self, values: Sequence[bytes] | None, *, client: Callable[[], str | None] = lambda: None
     ) -> tuple["Visit", Session]:
-        """Return the visit of a request that sent these cookie *values*, and its session, which is the caller's to
-        keep; verifies them and does no I/O.
+        """Return the visit of a request that sent these cookie *values*, or with None too many, and its session, which
+        is the caller's to keep; verifies them and does no I/O.
 
         Two genuine but different ones are both refused: which of them wins must not depend on their order (RFC
         6265bis §4.2.2).
         """
+        if values is None:
+            self.emit(Event("too_many_cookies"))
+            return _visit(self, None, stale_key=False, client=client)
         found = [unsigned for value in values if (unsigned := self.signer.unsign(value)) is not None]
         genuine = found if len(found) < 2 else list(dict(found).items())  # noqa: PLR2004 - one has no twin
         if len(genuine) == 1:

@@ -59,9 +59,9 @@ def cookie(data: bytes) -> None:
     headers = [(b"cookie", line) for line in data.split(b"\n")]
     values = timed(lambda: cookies.read(headers, NAME.encode()), len(data))
     sent = dict.fromkeys(value.strip(b" \t") for _, line in headers for value in _VALUES.findall(line))
-    assert values == (list(sent) if len(sent) <= cookies.MAX_CANDIDATES else [])
+    assert values == (list(sent) if len(sent) <= cookies.MAX_CANDIDATES else None)
     visit = timed(lambda: manager(InMemoryBackend()).open(values), len(data))
-    genuine = [GENUINE[found] for found in values if found in GENUINE]
+    genuine = [GENUINE[found] for found in values or () if found in GENUINE]
     assert visit._credential == (genuine[0] if len(genuine) == 1 else None)
 
 
