@@ -598,6 +598,24 @@ async def test_short_idle_timeout(site: Site) -> None:
     assert (await browser.visit(read)).json() == {}
 
 
+async def test_anonymous_idle_timeout(site: Site) -> None:
+    """A session without a user may end sooner; with its user it lives longer, and after losing them as before (R47)."""
+    site = site.reconfigured(anonymous_idle_timeout=timedelta(hours=1))
+    browser, bot = await site.visitor(), await site.visitor()
+    site.clock.advance(minutes=59)
+    await browser.visit(change(user_id="ada"))
+    site.clock.advance(minutes=1)
+    assert (await bot.visit(read)).json() == {}
+    site.clock.advance(days=13)
+    await browser.visit(lambda request: request.session.pop("user_id") and None)
+    (left,) = [record for record in await site.records() if record.expires_at > site.clock()]
+    assert left.expires_at == site.clock() + timedelta(hours=1)
+    site.clock.advance(minutes=59)
+    assert (await browser.visit(read)).json() == {"n": 1}
+    site.clock.advance(hours=1)
+    assert (await browser.visit(read)).json() == {}
+
+
 async def test_absolute_timeout(site: Site) -> None:
     """A session in use for 31 days ends after 30, to the microsecond: no touch, write or renewal extends it (R34)."""
     browser = await site.visitor()

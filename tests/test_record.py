@@ -90,11 +90,11 @@ def test_utc_now() -> None:
 # timeouts
 
 
-@pytest.mark.parametrize("name", ["idle", "absolute"])
+@pytest.mark.parametrize("name", ["idle", "absolute", "anonymous"])
 @pytest.mark.parametrize("span", [timedelta(0), timedelta(microseconds=999_999), -DAY], ids=str)
 def test_timeouts_refused(name: str, span: timedelta) -> None:
     """A timeout of less than a second is refused, by the name of its setting."""
-    with pytest.raises(ConfigurationError, match=f"{name}_timeout"):
+    with pytest.raises(ConfigurationError, match=rf"^{name}\w*_timeout"):
         Timeouts(**{name: span})
 
 
@@ -114,6 +114,16 @@ def test_expires_at(fields: dict[str, Any], expires_at: datetime) -> None:
     """A session ends after its own or the configured idle timeout, and in any case the absolute one after login."""
     timeouts = Timeouts(idle=2 * DAY, absolute=10 * DAY)
     assert timeouts.expires_at(record(**fields)) == expires_at
+
+
+@pytest.mark.parametrize(
+    ("fields", "idle"),
+    [({}, MINUTE), ({"user_id": "ada"}, DAY), ({"idle_timeout": 3600}, 60 * MINUTE)],
+    ids=["anonymous", "bound", "own"],
+)
+def test_anonymous_idle_timeout(fields: dict[str, Any], idle: timedelta) -> None:
+    """Sessions without a user may have an idle timeout of their own, which yields to the one of a session (R47)."""
+    assert Timeouts(idle=DAY, anonymous=MINUTE).idle_of(record(**fields)) == idle
 
 
 def test_never() -> None:
@@ -173,13 +183,15 @@ instants = st.datetimes(min_value=datetime(2000, 1, 1), max_value=datetime(9000,
 
 
 @given(
-    idle=spans, absolute=spans, created=instants, seen=instants, now=instants, own=st.none() | st.integers(1, 2**31 - 1)
-)
+    idle=spans, absolute=spans, anonymous=st.none() | spans, created=instants, seen=instants, now=instants,
+    own=st.none() | st.integers(1, 2**31 - 1),
+)  # fmt: skip
 def test_expiry_is_consistent(
-    *, idle: timedelta, absolute: timedelta, created: datetime, seen: datetime, now: datetime, own: int | None
-) -> None:
+    *, idle: timedelta, absolute: timedelta, anonymous: timedelta | None, created: datetime, seen: datetime,
+    now: datetime, own: int | None,
+) -> None:  # fmt: skip
     """For any timeouts and instants: never an error, never beyond either timeout, and over exactly from then on."""
-    timeouts = Timeouts(idle=idle, absolute=absolute)
+    timeouts = Timeouts(idle=idle, absolute=absolute, anonymous=anonymous)
     found = record(created_at=created, last_seen_at=seen, idle_timeout=own)
     end = timeouts.expires_at(found)
     assert end.utcoffset() == timedelta(0)

@@ -652,8 +652,9 @@ class Visit:
         if renewed or marks.timeouts or timeouts.touch_due(before, draft.now):
             record = replace(record, last_seen_at=max(before.last_seen_at, draft.now))
             until = timeouts.expires_at(record)
-            # Only an idle timeout of the session's own may shorten what was promised.
-            record = replace(record, expires_at=until if marks.timeouts else max(before.expires_at, until))
+            # Only an idle timeout of the session's own, or the loss of its user, may shorten what was promised.
+            shorter = marks.timeouts or (draft.user is None and before.user_id is not None)
+            record = replace(record, expires_at=until if shorter else max(before.expires_at, until))
         return record
 
     async def _touch(self, draft: "_Draft") -> None:

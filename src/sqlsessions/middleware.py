@@ -54,6 +54,7 @@ class SessionMiddleware:
 
     *secret_key*: at least 32 random bytes, shared by all workers; *previous_secret_keys* still verify, and their
     cookies are re-issued. *audience*: sessions of one are refused by another, for tenants that share a key.
+    *anonymous_idle_timeout*: how long sessions without a user live unused, where that is not *idle_timeout*.
     *user_key*: the key of the data that holds the user, a function of the data, or None. *skip*: paths that never
     load a session. *on_gone*: what becomes of a change to a session that ended while the request ran: ``"drop"`` it
     with an event, or ``"raise"`` it as a 409. *on_unavailable*: ``"raise"`` answers 503 on the first use of a session
@@ -79,6 +80,7 @@ class SessionMiddleware:
         cookie_persistent: bool = False,
         idle_timeout: timedelta = timedelta(days=14),
         absolute_timeout: timedelta = timedelta(days=30),
+        anonymous_idle_timeout: timedelta | None = None,
         user_key: UserKey = "user_id",
         autoload_cookie: bool = True,
         skip: Iterable[PathRule] = (),
@@ -105,7 +107,7 @@ class SessionMiddleware:
             signer=CookieSigner(
                 secret_key, previous_secret_keys=previous_secret_keys, cookie_name=self._cookie.name, audience=audience
             ),
-            timeouts=Timeouts(idle_timeout, absolute_timeout),
+            timeouts=Timeouts(idle_timeout, absolute_timeout, anonymous_idle_timeout),
             limits=Limits(max_bytes, max_keys),
             user_key=user_key,
             persistent=cookie_persistent,

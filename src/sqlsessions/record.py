@@ -102,15 +102,20 @@ class Timeouts:
 
     idle: timedelta = timedelta(days=14)
     absolute: timedelta = timedelta(days=30)
+    #: The idle timeout of sessions without a user, if they have one of their own.
+    anonymous: timedelta | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("idle_timeout", self.idle), ("absolute_timeout", self.absolute)):
-            if value < timedelta(seconds=1):
+        spans = {"idle_timeout": self.idle, "absolute_timeout": self.absolute, "anonymous_idle_timeout": self.anonymous}
+        for name, value in spans.items():
+            if value is not None and value < timedelta(seconds=1):
                 raise ConfigurationError(f"{name} must be a timedelta of at least one second, not {value!r}")
 
     def idle_of(self, record: Record) -> timedelta:
         """Return the idle timeout in force for *record*: its own, else the configured one."""
-        return self.idle if record.idle_timeout is None else timedelta(seconds=record.idle_timeout)
+        if record.idle_timeout is not None:
+            return timedelta(seconds=record.idle_timeout)
+        return self.idle if self.anonymous is None or record.user_id is not None else self.anonymous
 
     def touch_interval(self, record: Record) -> timedelta:
         """Return how long a touch waits after the previous one: five minutes, or a tenth of a short idle timeout."""
