@@ -81,6 +81,10 @@ class HTTPBackend(Revocation):
         params = {"user_id": owner(user_id)} | ({} if keep is None else {"keep": keep})
         return int(await self._ask("DELETE", "/sessions", params=params))
 
+    async def trim_for_user(self, user_id: str | int, limit: int, *, newest: UUID, now: datetime) -> int:
+        body = {"user_id": owner(user_id), "limit": limit, "newest": newest, "now": now}
+        return int(await self._ask("POST", "/trim", body=body))
+
     async def delete_all(self) -> int:
         return int(await self._ask("DELETE", "/everything"))
 

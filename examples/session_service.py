@@ -102,6 +102,17 @@ async def delete_for_user(backend: Backend, user_id: str, keep: UUID | None = No
     return await backend.delete_for_user(user_id, keep=keep)
 
 
+@router.post("/trim")
+async def trim_for_user(
+    backend: Backend,
+    user_id: Annotated[str, Body()],
+    limit: Annotated[int, Body(ge=1)],
+    newest: Annotated[UUID, Body()],
+    now: Instant,
+) -> int:
+    return await backend.trim_for_user(user_id, limit, newest=newest, now=now)
+
+
 @router.delete("/everything")
 async def delete_all(backend: Backend) -> int:
     return await backend.delete_all()

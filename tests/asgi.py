@@ -223,6 +223,11 @@ class TellingBackend(InMemoryBackend):
         self._statements.append("DELETE")
         return await super().delete(id, expected)
 
+    async def trim_for_user(self, user_id: str | int, limit: int, *, newest: UUID, now: datetime) -> int:
+        """One DELETE."""
+        self._statements.append("DELETE")
+        return await super().trim_for_user(user_id, limit, newest=newest, now=now)
+
 
 async def records(backend: Backend) -> list[Record]:
     """Return every row there is, expired ones too."""

@@ -140,6 +140,11 @@ class Staged(Revocation):
         """Forward."""
         return await self.backend.delete_for_user(user_id, keep=keep)
 
+    async def trim_for_user(self, user_id: str | int, limit: int, *, newest: UUID, now: datetime) -> int:
+        """Forward."""
+        async with self._stage("trim", newest):
+            return await self.backend.trim_for_user(user_id, limit, newest=newest, now=now)
+
     async def delete_all(self) -> int:
         """Forward."""
         return await self.backend.delete_all()

@@ -104,6 +104,7 @@ OPERATIONS: list[Callable[[HTTPBackend, Record], Awaitable[object]]] = [
     lambda backend, record: backend.purge(START, 1),
     lambda backend, record: backend.list_for_user("me"),
     lambda backend, record: backend.delete_for_user("me"),
+    lambda backend, record: backend.trim_for_user("me", 1, newest=record.id, now=START),
     lambda backend, record: backend.delete_all(),
 ]
 

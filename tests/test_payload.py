@@ -248,17 +248,18 @@ def test_limits_refused(setting: dict[str, int]) -> None:
         Limits(**setting)
 
 
+@pytest.mark.parametrize("known", [None, '{"v":1}'])
 @pytest.mark.parametrize(
     "value",
     [["x" * 1000] * 20_000, "x" * 20_000_000, list(range(10**6)), 2**10_000_000],
     ids=["texts", "text", "numbers", "number"],
 )
-def test_huge_data_costs_little(value: object) -> None:
+def test_huge_data_costs_little(value: object, known: str | None) -> None:
     """Megabytes are refused without being turned into JSON text first."""
     tracemalloc.start()
     try:
         with pytest.raises(InvalidData, match="limit is 65,536"):
-            encode({"v": value}, LIMITS)
+            encode({"v": value}, LIMITS, known=known)
         assert tracemalloc.get_traced_memory()[1] < 500_000
     finally:
         tracemalloc.stop()

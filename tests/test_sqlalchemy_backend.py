@@ -222,6 +222,10 @@ OPERATIONS: dict[str, tuple[Callable[[SQLAlchemyBackend, Record], Awaitable[obje
     "list_for_user": (lambda backend, record: backend.list_for_user("me", START), ["SELECT"]),
     "delete_for_user": (lambda backend, record: backend.delete_for_user("me"), ["DELETE"]),
     "delete_for_user keep": (lambda backend, record: backend.delete_for_user("me", keep=record.id), ["DELETE"]),
+    "trim_for_user": (
+        lambda backend, record: backend.trim_for_user("me", 1, newest=record.id, now=START),
+        ["DELETE"],
+    ),
     "delete_all": (lambda backend, record: backend.delete_all(), ["SELECT", "DELETE", "SELECT"]),
     "ping": (lambda backend, record: backend.ping(), ["SELECT"]),
 }
@@ -357,6 +361,16 @@ async def test_plans(sessions_url: str) -> None:
         (by_key, await explain(lambda statements: statements.purge, before=START, ids=[UUID(int=1), UUID(int=2)])),
         (by_user, await explain(lambda statements: statements.list_for_user, the_user_id="user 3", now=START, limit=9)),
         (by_user, await explain(lambda statements: statements.delete_for_user, the_user_id="user 3")),
+        (
+            by_user,
+            await explain(
+                lambda statements: statements.trim_for_user,
+                the_user_id="user 3",
+                now=START,
+                limit=3,
+                newest=UUID(int=1),
+            ),
+        ),
     ]
     for index, found in plans:
         assert index in found, found

@@ -40,7 +40,7 @@ class Event:
     kind: EventKind
     session_id: UUID | None = None
     user_id: str | None = None
-    #: How many records, for ``purged``.
+    #: How many records, for ``purged``, and for ``revoked`` where a user had more than ``max_sessions_per_user``.
     count: int | None = None
     #: The class of the error, for ``unavailable``.
     detail: str | None = None

@@ -20,11 +20,12 @@ from typing import Any, Literal
 from uuid import UUID
 from weakref import WeakValueDictionary, ref
 
-from sqlsessions.backends.base import Backend
+from sqlsessions.backends.base import Backend, UserSessions
 from sqlsessions.credentials import CookieSigner, Credential, new_id, new_secret, next_version, proves
 from sqlsessions.errors import (
     BackendError,
     BackendUnavailable,
+    ConfigurationError,
     CorruptData,
     DuplicateId,
     HeadersSent,
@@ -36,7 +37,7 @@ from sqlsessions.errors import (
 from sqlsessions.events import Event, EventHook, EventKind, emitter
 from sqlsessions.payload import Limits, changed_keys, decode, encode, merge
 from sqlsessions.record import FORMAT, Expected, Record, Timeouts, principal, utc_now
-from sqlsessions.session import CONSTANT, Change, Marks, Session
+from sqlsessions.session import Change, Marks, Session
 
 UserKey = str | Callable[[Mapping[str, Any]], str | int | None] | None
 OnUnavailable = Literal["raise", "anonymous"]
@@ -139,10 +140,19 @@ class SessionManager:
         limits: Limits,
         user_key: UserKey = "user_id",
         persistent: bool = False,
+        max_sessions_per_user: int | None = None,
         on_unavailable: OnUnavailable = "raise",
         on_event: EventHook | None = None,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
+        if max_sessions_per_user is not None and max_sessions_per_user < 1:
+            raise ConfigurationError(f"max_sessions_per_user must be at least 1, not {max_sessions_per_user!r}")
+        if max_sessions_per_user is not None and not isinstance(backend, UserSessions):
+            raise ConfigurationError(
+                f"max_sessions_per_user needs a backend that finds sessions by their user; {type(backend).__name__} "
+                "lacks methods of UserSessions"
+            )
+        self.max_sessions_per_user = max_sessions_per_user
         self.backend = backend
         self.signer = signer
         self.timeouts = timeouts
@@ -400,17 +410,6 @@ class Visit:
         found = stored.get(key) if isinstance(key, str) else self._user_in(stored)
         return record.user_id == (found if found is None else str(found))
 
-    def _sound(self, data: Mapping[str, Any]) -> set[str]:
-        """Return the keys of *data* whose values were loaded and cannot have changed since."""
-        stored, lent = self._as_stored, self.session.lent
-        if stored is None:
-            return set()
-        return {
-            key
-            for key, value in data.items()
-            if value is stored.get(key, data) and (not lent or type(value) in CONSTANT)
-        }
-
     def _put(self, data: Mapping[str, Any]) -> None:
         """Make *data* the session's, whatever is stored."""
         session = self.session
@@ -473,7 +472,7 @@ class Visit:
         known = record.data if record is not None else None
         text = ""
         if not quiet and (record is not None or not empty):
-            text = encode(data, self._manager.limits, known=known, sound=self._sound(data))
+            text = encode(data, self._manager.limits, known=known, stored=self._as_stored, lent=self.session.lent)
         before = record.user_id if record is not None and not marks.ended else None
         facts = Facts(
             stored=record is not None,
@@ -603,6 +602,7 @@ class Visit:
         self._emit("created")
         if draft.user is not None:
             self._emit("bound")
+            await self._trim(record)
 
     async def _replace(self, draft: "_Draft") -> bool:
         """Update the row, with a new secret if that is owed, if it still is the one that was read."""
@@ -618,7 +618,23 @@ class Visit:
             self._emit("renewed")
         if record.user_id != before.user_id:
             self._emit("unbound" if record.user_id is None else "bound")
+            await self._trim(record)
         return True
+
+    async def _trim(self, record: Record) -> None:
+        """End the sessions that the user of *record* has too many of. A failure is an event: the login is done, and
+        the next one will end them.
+        """
+        limit, backend = self._manager.max_sessions_per_user, self._manager.backend
+        if limit is None or record.user_id is None or not isinstance(backend, UserSessions):
+            return
+        try:
+            ended = await backend.trim_for_user(record.user_id, limit, newest=record.id, now=self._manager.clock())
+        except BackendError as error:
+            self._emit("unavailable", detail=type(error).__name__)
+            return
+        if ended:
+            self._manager.emit(Event("revoked", None, record.user_id, count=ended))
 
     def _next(self, before: Record, draft: "_Draft", secret_hash: bytes) -> Record:
         """Return the row that *draft* makes of *before*.

@@ -55,12 +55,13 @@ class SessionMiddleware:
     *secret_key*: at least 32 random bytes, shared by all workers; *previous_secret_keys* still verify, and their
     cookies are re-issued. *audience*: sessions of one are refused by another, for tenants that share a key.
     *anonymous_idle_timeout*: how long sessions without a user live unused, where that is not *idle_timeout*.
-    *user_key*: the key of the data that holds the user, a function of the data, or None. *skip*: paths that never
-    load a session. *on_gone*: what becomes of a change to a session that ended while the request ran: ``"drop"`` it
-    with an event, or ``"raise"`` it as a 409. *on_unavailable*: ``"raise"`` answers 503 on the first use of a session
-    that could not be loaded, ``"anonymous"`` shows an empty one that cannot be written. *on_event*: called with each
-    `Event`. *purge_interval*: how often expired sessions are deleted, or None. *record_client*: keep address and user
-    agent.
+    *user_key*: the key of the data that holds the user, a function of the data, or None.
+    *max_sessions_per_user*: a login ends the user's sessions beyond so many, those unused for longest. *skip*: paths
+    that never load a session. *on_gone*: what becomes of a change to a session that ended while the request ran:
+    ``"drop"`` it with an event, or ``"raise"`` it as a 409. *on_unavailable*: ``"raise"`` answers 503 on the first use
+    of a session that could not be loaded, ``"anonymous"`` shows an empty one that cannot be written. *on_event*: called
+    with each `Event`. *purge_interval*: how often expired sessions are deleted, or None. *record_client*: keep address
+    and user agent.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class SessionMiddleware:
         absolute_timeout: timedelta = timedelta(days=30),
         anonymous_idle_timeout: timedelta | None = None,
         user_key: UserKey = "user_id",
+        max_sessions_per_user: int | None = None,
         autoload_cookie: bool = True,
         skip: Iterable[PathRule] = (),
         on_gone: Literal["drop", "raise"] = "drop",
@@ -111,6 +113,7 @@ class SessionMiddleware:
             limits=Limits(max_bytes, max_keys),
             user_key=user_key,
             persistent=cookie_persistent,
+            max_sessions_per_user=max_sessions_per_user,
             on_unavailable=on_unavailable,
             on_event=on_event,
             clock=clock,

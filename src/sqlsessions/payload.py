@@ -4,7 +4,7 @@ What goes in comes out, on every database, or is refused with the path of the of
 """
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, NoReturn
@@ -16,6 +16,9 @@ MAX_DEPTH = 31
 
 #: Short of the 4,300 decimal digits that Python prints by default; beyond, Python itself is asked.
 _MANY_BITS = 10_000
+
+#: Takes everything away from ASCII text but brackets.
+_NO_BRACKETS = {code: None for code in range(128) if chr(code) not in "{}[]"}
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
 
@@ -34,7 +37,12 @@ class Limits:
 
 
 def encode(
-    data: Mapping[str, Any], limits: Limits, *, known: str | None = None, sound: Container[str] = frozenset()
+    data: Mapping[str, Any],
+    limits: Limits,
+    *,
+    known: str | None = None,
+    stored: Mapping[str, Any] | None = None,
+    lent: bool = True,
 ) -> str:
     """Return *data* as compact JSON text that decodes to exactly the same values.
 
@@ -42,27 +50,30 @@ def encode(
     are not str, tuples, sets, subclasses, NaN, lone surrogates, integers Python will not print, nesting deeper than
     31, or data over *limits*.
 
-    *known* is text that this returned before, and *sound* are keys whose values `decode` returned: neither is
-    inspected again, which for a cart of twenty things is most of the cost of a session.
+    *known* is the text that *stored* was decoded from. What is still the same object is not inspected again, which
+    for a cart of twenty things is most of the cost of a session, unless somebody was *lent* it and the text differs.
     """
-    text = None if known is None else _unchecked(data)
-    if text is not None and text == known:
-        return known
+    kept = {} if stored is None else {key: value for key, value in data.items() if value is stored.get(key, stored)}
+    inspector = _Inspector(limits.max_bytes)
     try:
-        return _checked(data, limits, text)
+        if len(data) > limits.max_keys:
+            raise InvalidData(f"session has {len(data)} keys; the limit is {limits.max_keys}")
+        # Before there is any text: 20 MB of somebody's would become 40.
+        inspector.mapping([item for item in data.items() if item[0] not in kept], (), 1)
+        text = _unchecked(data) if known is not None else None
+        if text is not None and text == known:
+            return known
+        if lent or text is None:
+            inspector.mapping(kept.items(), (), 1)
+        return _measured(text or _encode(dict(data.items())), limits)
     except InvalidData:
-        # It is spelled otherwise than we would, and over limits that were lowered since, but nobody has changed it.
-        if known is not None and text is not None and text == _unchecked(decode(known)):
+        # Over limits that were lowered since, or spelled otherwise than we would; but nobody has changed it.
+        if known is not None and _unchecked(data) == _unchecked(decode(known)):
             return known
         raise
 
 
-def _checked(data: Mapping[str, Any], limits: Limits, text: str | None) -> str:
-    if len(data) > limits.max_keys:
-        raise InvalidData(f"session has {len(data)} keys; the limit is {limits.max_keys}")
-    _Inspector(limits.max_bytes).mapping([item for item in data.items() if item[0] not in sound], (), 1)
-    if text is None:
-        text = _encode(dict(data.items()))
+def _measured(text: str, limits: Limits) -> str:
     size = len(text) if text.isascii() else len(text.encode())
     if size > limits.max_bytes:
         raise _too_large(limits.max_bytes, size)
@@ -90,10 +101,21 @@ def decode(text: object) -> dict[str, Any]:
         raise CorruptData(f"stored data is a JSON {type(data).__name__}, not an object")
     if not text.isascii() or "\\u" in text:
         _check_text(data)
-    # Nothing is deeper than it has brackets.
-    if text.count("{") + text.count("[") > MAX_DEPTH and _too_deep(data):
+    if _may_be_deep(text) and _too_deep(data):
         raise CorruptData(f"stored data is nested deeper than {MAX_DEPTH} levels")
     return data
+
+
+def _may_be_deep(text: str) -> bool:
+    """Tell whether *text* may be too deeply nested, by taking away the innermost brackets as often as is allowed."""
+    if text.count("{") + text.count("[") <= MAX_DEPTH:
+        return False
+    brackets = text.translate(_NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        brackets = brackets.replace("{}", "").replace("[]", "")
+        if not brackets:
+            return False
+    return True
 
 
 def _parsed(text: str) -> Any:

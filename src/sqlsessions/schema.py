@@ -207,6 +207,18 @@ class Statements:
         )
         self.delete_for_user = sa.delete(table).where(owner)
         self.delete_for_user_except = self.delete_for_user.where(columns.id != sa.bindparam("kept", type_=sa.Uuid))
+        others = table.alias("others")
+        kept = (
+            sa.select(others.c.id)
+            .where(others.c.user_id == sa.bindparam("the_user_id", type_=sa.String(255)), _live(others))
+            .order_by(
+                others.c.last_seen_at.desc(),
+                sa.case((others.c.id == sa.bindparam("newest", type_=sa.Uuid), 0), else_=1),
+                others.c.id.desc(),
+            )
+            .limit(sa.bindparam("limit", type_=sa.Integer))
+        )
+        self.trim_for_user = sa.delete(table).where(owner, live, columns.id.not_in(kept))
         at_most = sa.bindparam("limit", type_=sa.Integer)
         self.expired = _listed(dialect)(sa.select(columns.id).where(before).order_by(columns.expires_at).limit(at_most))
         # The expiry is checked again by the statement that deletes: a session extended since it was selected survives

@@ -617,6 +617,8 @@ class BackendConformance:
             await users.list_for_user(user_id, START)
         with pytest.raises(InvalidData):
             await users.delete_for_user(user_id)
+        with pytest.raises(InvalidData):
+            await users.trim_for_user(user_id, 1, newest=record.id, now=START)
         assert await backend.load(record.id, START) == record
 
     async def test_delete_for_user(self, backend: Backend, users: UserSessions) -> None:
@@ -653,6 +655,49 @@ class BackendConformance:
         *_, deleted = await _in_parallel(calls)
         assert deleted == PARALLEL
         assert list(await users.list_for_user("me", EVER)) == []
+
+    async def test_trim(self, backend: Backend, users: UserSessions) -> None:
+        """Of a user's live records the most recently seen are kept; of those seen at one instant, the one that is named
+        (R41).
+        """
+        spans = (3, 0, 1, 2, 2, 2)
+        mine = [make_record(user_id="me", last_seen_at=START + n * MICROSECOND) for n in spans]
+        others = [
+            make_record(user_id="you", last_seen_at=START - MINUTE),
+            make_record(user_id=None),
+            make_record(user_id="me", expires_at=START),
+        ]
+        for record in [*mine, *others]:
+            await backend.insert(record)
+        assert await users.trim_for_user("me", 5, newest=mine[4].id, now=START) == 1
+        assert [await backend.load(record.id, EVER) for record in mine] == [mine[0], None, *mine[2:]]
+        assert await users.trim_for_user("me", 2, newest=mine[4].id, now=START) == 3
+        assert list(await users.list_for_user("me", START)) == [mine[0], mine[4]]
+        assert await users.trim_for_user("me", 2, newest=mine[2].id, now=START) == 0
+        assert await users.trim_for_user("me", 1, newest=mine[4].id, now=START) == 1
+        assert list(await users.list_for_user("me", START)) == [mine[0]]
+        assert [await backend.load(record.id, EVER) for record in others] == others
+
+    async def test_trim_by_id(self, backend: Backend, users: UserSessions) -> None:
+        """Of records seen at one instant, none of which is named, those with the greater ids are kept (R41)."""
+        records = sorted((make_record(user_id="me") for _ in range(PARALLEL)), key=lambda record: record.id.int)
+        for record in records:
+            await backend.insert(record)
+        assert await users.trim_for_user("me", 2, newest=new_id(START), now=START) == PARALLEL - 2
+        assert [await backend.load(record.id, START) for record in records] == [None] * (PARALLEL - 2) + records[-2:]
+
+    async def test_trim_parallel(self, backend: Backend, users: UserSessions) -> None:
+        """Of parallel inserts, each of which trims afterwards, as many records are left as the limit says (R41)."""
+
+        async def enter(n: int) -> int:
+            record = make_record(user_id="me", last_seen_at=START + n * MICROSECOND)
+            await backend.insert(record)
+            return await users.trim_for_user("me", 3, newest=record.id, now=START)
+
+        ended = await _in_parallel([partial(enter, n) for n in range(PARALLEL)])
+        assert sum(ended) == PARALLEL - 3
+        left = await users.list_for_user("me", START)
+        assert [record.last_seen_at for record in left] == [START + (PARALLEL - n) * MICROSECOND for n in (1, 2, 3)]
 
     async def test_delete_all(self, backend: Backend, users: UserSessions) -> None:
         """Everybody's records are deleted and counted (R42)."""

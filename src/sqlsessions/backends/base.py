@@ -72,6 +72,13 @@ class UserSessions(Protocol):
     async def delete_for_user(self, user_id: str | int, *, keep: UUID | None = None) -> int:
         """Delete the user's records, but for the one with the id *keep*; return how many."""
 
+    async def trim_for_user(self, user_id: str | int, limit: int, *, newest: UUID, now: datetime) -> int:
+        """Delete the user's live records but for the *limit* most recently seen; return how many.
+
+        Of records seen at one instant *newest* counts as seen last, and then the greater id. One step: of parallel
+        calls, each after an insert, the last leaves no more than *limit*.
+        """
+
     async def delete_all(self) -> int:
         """Delete every record; return how many."""
 

@@ -78,6 +78,15 @@ class InMemoryBackend(Revocation):
             del self._records[id_]
         return len(doomed)
 
+    async def trim_for_user(self, user_id: str | int, limit: int, *, newest: UUID, now: datetime) -> int:
+        """Delete the user's live records but for the *limit* most recently seen."""
+        user = owner(user_id)
+        found = [record for record in self._records.values() if record.user_id == user and record.expires_at > now]
+        found.sort(key=lambda record: (record.last_seen_at, record.id == newest, record.id), reverse=True)
+        for record in found[limit:]:
+            del self._records[record.id]
+        return len(found[limit:])
+
     async def delete_all(self) -> int:
         """Delete every record."""
         count = len(self._records)

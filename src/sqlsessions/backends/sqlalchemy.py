@@ -143,6 +143,15 @@ class SQLAlchemyBackend(Revocation):
             parameters["kept"] = keep
         return await self._run(lambda turn: turn.count(statement, parameters))
 
+    async def trim_for_user(self, user_id: str | int, limit: int, *, newest: UUID, now: datetime) -> int:
+        """Delete the user's live rows but for the *limit* most recently seen: one DELETE.
+
+        It sees what was committed before it began, so that of parallel logins, each of which trims after its own
+        commit, the last to begin leaves no more than *limit*, whatever the isolation level.
+        """
+        parameters = {"the_user_id": owner(user_id), "limit": limit, "newest": newest, "now": now}
+        return await self._run(lambda turn: turn.count(self._statements.trim_for_user, parameters))
+
     async def delete_all(self) -> int:
         """Delete every row, in batches: one DELETE of them all might take longer than the deadline.
 
