@@ -68,7 +68,8 @@ def encode(
         return _measured(text or _encode(dict(data.items())), limits)
     except InvalidData:
         # Over limits that were lowered since, or spelled otherwise than we would; but nobody has changed it.
-        if known is not None and _unchecked(data) == _unchecked(decode(known)):
+        unset = stored is None or len(kept) == len(data)
+        if known is not None and unset and _unchecked(data) == _unchecked(decode(known)):
             return known
         raise
 

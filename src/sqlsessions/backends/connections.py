@@ -6,11 +6,13 @@ somebody listens to SQLAlchemy's events (echo, tracing) or the settings leave th
 behind some poolers. Then everything goes through SQLAlchemy.
 """
 
+import logging
 import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
@@ -39,6 +41,9 @@ READ_ONLY = "25006"
 WRONG_SERVER = frozenset({READ_ONLY, "57P01", "57P02", "57P03"})
 #: The row is locked by somebody else, and the statement was not to wait.
 LOCKED = "55P03"
+#: Our engines log under this name, so that what they log can be told from what the application's do.
+_LOGGING_NAME = "sqlsessions"
+
 #: What Citus answers to a statement that it cannot send to its workers.
 NOT_SUPPORTED = "0A000"
 
@@ -452,7 +457,7 @@ def _engine_like(model: Engine) -> AsyncEngine:
         dialect=model.dialect,
         _dispatch=model.pool.dispatch,
     )
-    engine = Engine(pool, model.dialect, model.url, echo=model.echo, hide_parameters=True)
+    engine = Engine(pool, model.dialect, model.url, logging_name=_LOGGING_NAME, hide_parameters=True)
     event.listen(pool, "connect", lambda connection, _: model.dialect.set_isolation_level(connection, "AUTOCOMMIT"))
     event.listen(engine, "handle_error", _discard_wrong_server)
     return AsyncEngine(engine)
@@ -461,3 +466,27 @@ def _engine_like(model: Engine) -> AsyncEngine:
 def _discard_wrong_server(context: sa.ExceptionContext) -> None:
     if getattr(context.original_exception, "sqlstate", None) in WRONG_SERVER:
         context.is_disconnect = True
+
+
+class _WithoutParameters(logging.Filter):
+    """Takes the parameters out of what aiosqlite logs of statements on *table*: at DEBUG it writes all of them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record; every one may pass."""
+        call = record.args[0] if isinstance(record.args, tuple) and record.args else None
+        if isinstance(call, partial) and call.args and isinstance(call.args[0], str) and self.name in call.args[0]:
+            record.args = (f"{getattr(call.func, '__name__', 'statement')} {call.args[0]!r}, parameters hidden",)
+        return True
+
+
+def _without_rows(record: logging.LogRecord) -> bool:
+    """Tell whether a record is other than the columns and rows of a result, which SQLAlchemy logs at DEBUG."""
+    return record.levelno > logging.DEBUG
+
+
+def silence(table: str) -> None:
+    """Keep data and hashes out of the logs of our drivers, whatever their levels (R107)."""
+    driver = logging.getLogger("aiosqlite")
+    if not any(isinstance(known, _WithoutParameters) and known.name == table for known in driver.filters):
+        driver.addFilter(_WithoutParameters(table))
+    logging.getLogger(f"sqlalchemy.engine.Engine.{_LOGGING_NAME}").addFilter(_without_rows)

@@ -26,6 +26,7 @@ from sqlsessions.backends.connections import (
     Connections,
     Fault,
     Parameters,
+    silence,
 )
 from sqlsessions.backends.lanes import Apart, Held, Lane, Sender, Work
 from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
@@ -84,6 +85,7 @@ class SQLAlchemyBackend(Revocation):
             raise ConfigurationError(f"deadline must be positive, not {deadline!r}")
         self._model = _model_engine(engine)
         self._statements = Statements(sessions_table(sa.MetaData(), table, schema), self._model.dialect.name)
+        silence(table)
         self._batch = batch
         self._pool_size = pool_size
         self._deadline = deadline.total_seconds()
