@@ -657,7 +657,8 @@ async def check_corrupt(url: str, corruption: str) -> None:
         await backend.insert(record)
         await sql(url, f"UPDATE web_sessions SET {corruption}")  # noqa: S608 - from the lists above
         await fails(backend.load(record.id, START), CorruptData)
-        other = make_record()
+        other = make_record(user_id=CANARY)
         await backend.insert(other)
+        assert await backend.list_for_user(CANARY, START) == [other]
         assert await backend.load(other.id, START) == other
         assert await backend.delete(record.id)

@@ -205,6 +205,7 @@ class Statements:
             .order_by(columns.last_seen_at.desc(), columns.id)
             .limit(sa.bindparam("limit", type_=sa.Integer))
         )
+        self.list_ids_for_user = self.list_for_user.with_only_columns(columns.id)
         self.delete_for_user = sa.delete(table).where(owner)
         self.delete_for_user_except = self.delete_for_user.where(columns.id != sa.bindparam("kept", type_=sa.Uuid))
         others = table.alias("others")

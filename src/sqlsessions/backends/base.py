@@ -67,7 +67,9 @@ class UserSessions(Protocol):
     async def list_for_user(
         self, user_id: str | int, now: datetime | None = None, limit: int = 100
     ) -> Sequence[Record]:
-        """Return the user's live records, most recently seen first, at most *limit*."""
+        """Return the user's live records, most recently seen first, at most *limit*. One that cannot be read is left
+        out: it opens nothing.
+        """
 
     async def delete_for_user(self, user_id: str | int, *, keep: UUID | None = None) -> int:
         """Delete the user's records, but for the one with the id *keep*; return how many."""
