@@ -62,7 +62,14 @@ def test_sdist(built: Path, tmp_path: Path) -> None:
     # Unpacked by tar: Python's own asks for a filter from 3.12 on, and has none before 3.11.4.
     subprocess.run(["tar", "-xf", next(built.glob("*.tar.gz")), "-C", tmp_path], check=True)
     (folder,) = tmp_path.iterdir()
-    for name in ("migrations/env.py", "tests/test_wheel.py", "tests/host_app/alembic.ini", "README.md", "LICENSE"):
+    for name in (
+        "migrations/env.py",
+        "tests/test_wheel.py",
+        "tests/host_app/alembic.ini",
+        "README.md",
+        "SECURITY.md",
+        "LICENSE",
+    ):
         assert (folder / name).is_file(), name
     assert not list(folder.rglob("*.pyc"))
     assert not list(folder.rglob("*.db"))
