@@ -823,6 +823,38 @@ async def test_same_user_again(site: Site) -> None:
     assert (await thief.visit(read)).json() == {}
 
 
+async def test_authenticated_within(site: Site) -> None:
+    """Whether the user was bound lately is told by the clock, to the microsecond; logging in again counts (R43)."""
+    span = timedelta(minutes=15)
+
+    def lately(request: Request) -> bool:
+        return request.session.authenticated_within(span)
+
+    def again(request: Request) -> bool:
+        request.session.login("ada")
+        return lately(request)
+
+    def bound_here(request: Request) -> list[bool]:
+        before = lately(request)
+        request.session["user_id"] = "bob"
+        after = lately(request)
+        del request.session["user_id"]
+        return [before, after, lately(request)]
+
+    browser = await site.visitor()
+    assert (await browser.visit(lately)).json() is False
+    await browser.visit(change(user_id="ada"))
+    for passed, recent in ((span, True), (timedelta(microseconds=1), False)):
+        site.clock.now += passed
+        assert (await browser.visit(lately)).json() is recent
+    assert (await browser.visit(bound_here)).json() == [False, True, False]
+    await browser.visit(change(user_id="ada"))
+    site.clock.advance(hours=1)
+    assert (await browser.visit(lately)).json() is False
+    assert (await browser.visit(again)).json() is True
+    assert (await browser.visit(lately)).json() is True
+
+
 @pytest.mark.parametrize("user_id", ["", "x" * 256, "a\0b", 1.0, True, False, [], {}, "\ud800"])
 async def test_invalid_user_id(site: Site, user_id: Any) -> None:
     """What cannot be a user's id is an error of the application: 500, and the row is as it was (R40)."""

@@ -75,6 +75,7 @@ USES: dict[str, Callable[[Session], object]] = {
     "last_seen_at": lambda session: session.last_seen_at,
     "expires_at": lambda session: session.expires_at,
     "authenticated_at": lambda session: session.authenticated_at,
+    "authenticated_within": lambda session: session.authenticated_within(timedelta(1)),
     "persistent": lambda session: session.persistent,
 }
 

@@ -267,6 +267,10 @@ class Visit:
         """Whether the cookie of a session that does not say so outlives the browser."""
         return self._manager.persistent
 
+    def now(self) -> datetime:
+        """Return the instant that the manager's clock shows."""
+        return self._manager.clock()
+
     def check_usable(self) -> None:
         """Raise `SessionNotLoaded`, or again the error with which loading failed."""
         if not self._loaded:

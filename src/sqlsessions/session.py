@@ -58,6 +58,9 @@ class SessionOps(Protocol):
     def persistent_by_default(self) -> bool:
         """Whether the cookie of a session that does not say so outlives the browser."""
 
+    def now(self) -> datetime:
+        """Return the instant that the clock shows."""
+
     def check_usable(self) -> None:
         """Raise `SessionNotLoaded`, or the error with which loading failed."""
 
@@ -143,6 +146,17 @@ class Session(dict[str, Any]):
         """
         record = self._seen()
         return record.authenticated_at if record else None
+
+    def authenticated_within(self, span: timedelta) -> bool:
+        """Tell whether the session is bound to a user, and was no longer than *span* ago: ask for the password again
+        where it is not (OWASP ASVS 5 §7.5.1, §7.5.3).
+
+        A user bound in this very request was bound just now.
+        """
+        record, user = self._seen(), self.user_id
+        if user is None or record is None or user != record.user_id or self.marks.login is not None:
+            return user is not None
+        return record.authenticated_at is not None and self._ops.now() - record.authenticated_at <= span
 
     @property
     def persistent(self) -> bool:
