@@ -2,7 +2,7 @@
 
 import pytest
 
-from sqlsessions import InMemoryBackend, InvalidData, Record, SQLAlchemyBackend
+from sqlsessions import InMemoryBackend, InvalidData, Record, SQLAlchemyBackend, migrate
 from sqlsessions.testing import EVER, START, make_record
 
 pytestmark = pytest.mark.anyio
@@ -61,6 +61,23 @@ async def test_revoke_everything(backend: Revocable) -> None:
     records = await fill(backend, "me", "you", None)
     assert await backend.revoke_everything() == 3
     assert await alive(backend, records) == [False] * 3
+
+
+async def test_two_tables(sessions_url: str) -> None:
+    """Two tables in one database are two sets of sessions: lists, revocations and purges stay within theirs (R114)."""
+    await migrate.upgrade(sessions_url, table="other")
+    one, other = SQLAlchemyBackend(sessions_url), SQLAlchemyBackend(sessions_url, table="other")
+    (record,) = await fill(other, "me")
+    await fill(one, "me", "you", None)
+    assert len(await one.list_for_user("me", START)) == 1
+    assert await one.load(record.id, EVER) is None
+    assert await one.revoke_all("me") == 1
+    assert await one.trim_for_user("you", 1, newest=record.id, now=START) == 0
+    assert await one.purge(record.expires_at, 10) == 2
+    assert await one.revoke_everything() == 0
+    assert await other.list_for_user("me", START) == [record]
+    for backend in (one, other):
+        await backend.aclose()
 
 
 async def test_revoke_everything_in_batches(
