@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqlsessions import ConfigurationError, InMemoryBackend, SessionMiddleware, SQLAlchemyBackend
 from sqlsessions.errors import BackendUnavailable
@@ -127,6 +128,19 @@ async def test_parallel_logins(site: Site, begin: Callable[[Site], Awaitable[Bro
     assert all(answer.status == 200 and answer.set_cookie for answer in answers)
     assert sum(await alive(browsers)) == 3
     assert len(await site.records()) == 3
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+async def test_isolation_levels(postgres_sessions_url: str, level: str) -> None:
+    """So there are whatever isolation the server has by default, on as many connections as there are logins (R41)."""
+    settings = {"server_settings": {"default_transaction_isolation": level}}
+    engine = create_async_engine(postgres_sessions_url, connect_args=settings)
+    async with closing(SQLAlchemyBackend(engine, pool_size=20)) as backend:
+        site = Site(backend, [], max_sessions_per_user=3, clock=Ticking())
+        browsers = [site.browser() for _ in range(20)]
+        await asyncio.gather(*(browser.visit(log_in()) for browser in browsers))
+        assert sum(await alive(browsers)) == 3
+        assert "unavailable" not in site.kinds
 
 
 async def test_logins_that_overtake(sessions_url: str) -> None:
