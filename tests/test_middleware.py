@@ -1324,6 +1324,19 @@ async def test_record_client_unknown(memory: Site, client: tuple[str, int] | Non
     assert found == {"ip": client[0] if client else None, "user_agent": None}
 
 
+async def test_record_client_of_any_length(site: Site) -> None:
+    """An address or a user agent of any length and bytes fills no table, and is no error on any database (R48)."""
+    agent = bytes(range(1, 256)) * 100
+    forged = "\0\ud800" + "9" * 100_000
+    await (
+        site.reconfigured(record_client=True)
+        .browser()
+        .visit(fill, client=(forged, 80), headers=[(b"user-agent", agent)])
+    )
+    found = json.loads((await site.record()).client or "")
+    assert found == {"ip": forged[:64], "user_agent": agent.decode("latin-1")[:512]}
+
+
 # Where it is installed.
 
 
