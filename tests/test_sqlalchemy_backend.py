@@ -660,5 +660,6 @@ async def check_corrupt(url: str, corruption: str) -> None:
         other = make_record(user_id=CANARY)
         await backend.insert(other)
         assert await backend.list_for_user(CANARY, START) == [other]
+        assert not await backend.revoke(record.id, user_id=CANARY)
         assert await backend.load(other.id, START) == other
         assert await backend.delete(record.id)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Protocol, runtime_checkable
 from uuid import UUID
 
-from sqlsessions.errors import InvalidData
+from sqlsessions.errors import CorruptData, InvalidData
 from sqlsessions.record import Expected, Record, principal
 
 
@@ -95,11 +95,16 @@ class Revocation:
     async def revoke(self: "_Found", id: UUID, *, user_id: str | int | None = None) -> bool:  # noqa: A002
         """End one session by its handle; tell whether there was one. Requests under way with it write nothing more.
 
-        With *user_id*, only if it is this user's: for a route where people end sessions of their own.
+        With *user_id*, only if it is this user's: for a route where people end sessions of their own. One that cannot
+        be read is nobody's, and opens nothing.
         """
         if user_id is not None:
-            record = await self.load(id, _EVER)
-            if record is None or record.user_id != owner(user_id):
+            user = owner(user_id)
+            try:
+                record = await self.load(id, _EVER)
+            except CorruptData:
+                return False
+            if record is None or record.user_id != user:
                 return False
         return await self.delete(id)
 
