@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from sqlsessions import SQLAlchemyBackend, migrate, purge
 from sqlsessions.purge import CLOCK_TOLERANCE
 from sqlsessions.record import Record
-from sqlsessions.schema import Statements, sessions_table
+from sqlsessions.schema import Spelled, Statements, sessions_table
 from sqlsessions.testing import following, make_record
 from tests.crowd import NOW, fill, id_of
 from tests.looking import sql
@@ -170,20 +170,6 @@ async def _counted(url: str, clients: "Sequence[Client]") -> Any:
     return counted
 
 
-class Compiled:
-    """One of the backend's statements, for the driver itself: the database is what is measured here."""
-
-    def __init__(self, statement: sa.ClauseElement, names: Sequence[str] | None = None) -> None:
-        dialect = sa.make_url("postgresql+asyncpg://").get_dialect()()
-        compiled: Any = statement.compile(dialect=dialect, column_keys=names)
-        self.text = str(compiled)
-        self.order: list[str] = compiled.positiontup
-
-    def values(self, parameters: dict[str, Any]) -> list[Any]:
-        """Return the parameters in the statement's order."""
-        return [parameters[name] for name in self.order]
-
-
 class Client:
     """Changes sessions of its own, one after the other, as fast as it can."""
 
@@ -193,9 +179,10 @@ class Client:
         self.records: list[Record] = []
         names = [field.name for field in fields(Record)]
         statements = Statements(sessions_table(sa.MetaData()), "postgresql")
-        self._load = Compiled(statements.load)
-        self._insert = Compiled(statements.insert, names)
-        self._replace = Compiled(statements.replace, [name for name in names if name != "id"])
+        dialect = sa.make_url("postgresql+asyncpg://").get_dialect()()
+        self._load = Spelled(statements.load, dialect)
+        self._insert = Spelled(statements.insert.plain, dialect, names)
+        self._replace = Spelled(statements.replace.plain, dialect, [name for name in names if name != "id"])
 
     async def open(self, count: int) -> None:
         """Open sessions that have their size."""

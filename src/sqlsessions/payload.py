@@ -56,8 +56,7 @@ def encode(
     kept = {} if stored is None else {key: value for key, value in data.items() if value is stored.get(key, stored)}
     inspector = _Inspector(limits.max_bytes)
     try:
-        if len(data) > limits.max_keys:
-            raise InvalidData(f"session has {len(data)} keys; the limit is {limits.max_keys}")
+        _check_keys(data, limits)
         # Before there is any text: 20 MB of somebody's would become 40.
         inspector.mapping([item for item in data.items() if item[0] not in kept], (), 1)
         text = _unchecked(data) if known is not None else None
@@ -72,6 +71,11 @@ def encode(
         if known is not None and unset and _unchecked(data) == _unchecked(decode(known)):
             return known
         raise
+
+
+def _check_keys(data: Mapping[str, Any], limits: Limits) -> None:
+    if len(data) > limits.max_keys:
+        raise InvalidData(f"session has {len(data)} keys; the limit is {limits.max_keys}")
 
 
 def _measured(text: str, limits: Limits) -> str:

@@ -9,13 +9,12 @@ import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
-from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
 from sqlsessions import cookies
+from sqlsessions.backends.connections import checked
 from sqlsessions.backends.memory import InMemoryBackend
-from sqlsessions.backends.sqlalchemy import _Turn
 from sqlsessions.credentials import CookieSigner, Credential
 from sqlsessions.errors import CorruptData, InvalidData
 from sqlsessions.events import Event
@@ -60,7 +59,7 @@ def cookie(data: bytes) -> None:
     values = timed(lambda: cookies.read(headers, NAME.encode()), len(data))
     sent = dict.fromkeys(value.strip(b" \t") for _, line in headers for value in _VALUES.findall(line))
     assert values == (list(sent) if len(sent) <= cookies.MAX_CANDIDATES else None)
-    visit = timed(lambda: manager(InMemoryBackend()).open(values), len(data))
+    visit, _ = timed(lambda: manager(InMemoryBackend()).open(values), len(data))
     genuine = [GENUINE[found] for found in values or () if found in GENUINE]
     assert visit._credential == (genuine[0] if len(genuine) == 1 else None)
 
@@ -95,8 +94,8 @@ def row(data: bytes) -> None:
 
 async def _visited(columns: dict[str, Any]) -> None:
     events: list[str] = []
-    visit = manager(OneRow(columns), events).open([SIGNER.sign(CREDENTIAL).encode()])
-    session = await visit.load()
+    visit, session = manager(OneRow(columns), events).open([SIGNER.sign(CREDENTIAL).encode()])
+    await visit.load()
     loaded = visit.record is not None
     assert events == [] or (not loaded and events in (["corrupt"], ["superseded"], ["expired"]))
     assert loaded == (events == [])
@@ -116,11 +115,11 @@ class OneRow(InMemoryBackend):
 
     def __init__(self, columns: dict[str, Any]) -> None:
         super().__init__()
-        self._turn = _OneRowTurn(columns)
+        self._columns = columns
 
     async def load(self, id: UUID, now: datetime) -> Record | None:  # noqa: A002
         """Return the row."""
-        return await self._turn.record(None)  # type: ignore[arg-type]
+        return checked(list(self._columns.values()))
 
     async def replace(self, record: Record, expected: Expected) -> bool:
         """Replace it."""
@@ -133,16 +132,6 @@ class OneRow(InMemoryBackend):
     async def delete(self, id: UUID, expected: Expected | None = None) -> bool:  # noqa: A002
         """Delete it."""
         return True
-
-
-class _OneRowTurn(_Turn):
-    __slots__ = ("_columns",)
-
-    def __init__(self, columns: dict[str, Any]) -> None:
-        self._columns = columns
-
-    async def rows(self, statement: object, **parameters: Any) -> Any:
-        return [SimpleNamespace(_mapping=self._columns)]
 
 
 def column(kind: int, rest: bytes, name: str) -> object:

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from datetime import UTC
 from functools import partial
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
@@ -171,7 +172,7 @@ class Asyncpg:
     async def _records(self, spelled: Spelled, parameters: Parameters) -> Sequence[Record]:
         values = spelled.values(parameters)
         try:
-            return [Record(*row) for row in await self._driver.fetch(spelled.text, *values)]
+            return [_given(spelled, row) for row in await self._driver.fetch(spelled.text, *values)]
         except OverflowError:  # a date that Python does not have
             raise _unreadable() from None
 
@@ -262,6 +263,15 @@ class Aiosqlite:
         # What aiosqlite's own methods are made of, each of which hops once per statement.
         result: T = await driver._execute(lambda: work(driver._conn))  # noqa: SLF001
         return result
+
+
+def _given(spelled: Spelled, row: Any) -> Record:
+    """Return asyncpg's *row* as a record: all as it is, but for "infinity", which it gives as a naive datetime."""
+    _, _, _, _, _, created, seen, expires, authenticated, *_ = row
+    aware = created.tzinfo is seen.tzinfo is expires.tzinfo is UTC
+    if aware and (authenticated is None or authenticated.tzinfo is UTC):
+        return Record(*row)
+    return Record(*spelled.row(row))
 
 
 def _outcome(connection: sqlite3.Connection, text: str, values: Sequence[Any]) -> Outcome:
