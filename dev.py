@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Run the demo, the tests or the checks in a virtual environment that this file makes and keeps up to date.
+"""Run the demo, tests, checks or benchmarks in a virtual environment that this file makes and keeps up to date.
 
     python3 dev.py demo [--port N]         the demo application, on an embedded SQLite database
     python3 dev.py test [pytest options]   the test suite
     python3 dev.py check                   lint, format, types and import rules
+    python3 dev.py bench [options]         the comparison with other libraries; --help names the options
     python3 dev.py fuzz [--seconds N]      hostile input, by atheris, for so long at each of its targets
 
 Any Python from 3.11 on will do, with or without ensurepip, also one whose pip refuses to install ("externally
@@ -103,6 +104,11 @@ def test(arguments: list[str]) -> None:
     _become([_python("test"), "-m", "pytest", *arguments])
 
 
+def bench(arguments: list[str]) -> None:
+    """Become the benchmarks."""
+    _become([_python("bench"), "-m", "benchmarks", *arguments])
+
+
 def fuzz(arguments: list[str]) -> None:
     """Become the fuzzer."""
     _become([_python("fuzz"), "-m", "tests.fuzz", *arguments])
@@ -159,19 +165,18 @@ def main(arguments: list[str]) -> None:
     """Run the command that `arguments` name."""
     parser = argparse.ArgumentParser("dev.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | test | check | fuzz")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | test | check | bench | fuzz")
     commands.add_parser("demo").add_argument("--port", type=int, default=8000)
-    commands.add_parser("test")
     commands.add_parser("check")
-    commands.add_parser("fuzz")
-    # argparse would claim pytest's and the fuzzer's options for itself, so it never sees them.
-    options = parser.parse_args(arguments[:1] if arguments[:1] in (["test"], ["fuzz"]) else arguments)
+    passed_on = {"test": test, "bench": bench, "fuzz": fuzz}
+    for name in passed_on:
+        commands.add_parser(name)
+    # argparse would claim the options of those for itself, so it never sees them.
+    options = parser.parse_args(arguments[:1] if arguments[:1] and arguments[0] in passed_on else arguments)
     if options.command == "demo":
         demo(options.port)
-    elif options.command == "test":
-        test(arguments[1:])
-    elif options.command == "fuzz":
-        fuzz(arguments[1:])
+    elif options.command in passed_on:
+        passed_on[options.command](arguments[1:])
     else:
         check()
 

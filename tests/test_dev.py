@@ -157,6 +157,12 @@ def test_pytest_options(become: list[list[str]]) -> None:
     assert become == [["python", "-m", "pytest", "-k", "cookie", "--help", "--", "-x"]]
 
 
+def test_bench_options(become: list[list[str]]) -> None:
+    """Everything after `bench` reaches the benchmarks as it was written."""
+    dev.main(["bench", "--only", "sqlite", "--help"])
+    assert become == [["python", "-m", "benchmarks", "--only", "sqlite", "--help"]]
+
+
 def test_fuzz_options(become: list[list[str]]) -> None:
     """So does everything after `fuzz` reach the fuzzer."""
     dev.main(["fuzz", "--seconds", "3", "row"])
