@@ -4,8 +4,8 @@ import asyncio
 import gc
 import itertools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 from starlette.types import ASGIApp, Message, Scope
 
@@ -18,6 +18,9 @@ CLIENTS: Mapping[Setting, int] = {"1": 1, "32": 32}
 
 #: How many requests of each client `count_statements` looks at.
 _COUNTED = 10
+
+#: The clients that ask for each endpoint.
+Crowd = Mapping[Endpoint, list["Client"]]
 
 
 class Client:
@@ -124,16 +127,18 @@ def _expect(client: Client, body: bytes) -> None:
 
 
 async def sample(clients: Sequence[Client], path: str, seconds: float) -> Sample:
-    """Have each of the clients ask as fast as it is answered."""
+    """Have each of the clients ask as fast as it is answered, once at least."""
     latencies: list[float] = []
 
     async def ask(client: Client) -> None:
-        before = time.perf_counter()
-        while before < deadline:
+        after = time.perf_counter()
+        while True:
+            before = after
             await client.get(path)
             after = time.perf_counter()
             latencies.append(after - before)
-            before = after
+            if after >= deadline:
+                return
 
     gc.collect()
     cpu = time.process_time()
@@ -150,16 +155,23 @@ async def measure(
 ) -> None:
     """Measure every endpoint of every application, in rounds that each go over all of them."""
     crowds = {row: await _crowd(row, app) for row, app in applications.items()}
+    with _frozen():
+        await _measure(crowds, results, rounds, seconds, say)
+
+
+async def _measure(
+    crowds: Mapping[Row, Crowd], results: Results, rounds: int, seconds: float, say: Callable[[str], None]
+) -> None:
     for row, crowd in crowds.items():
         say(f"warm-up: {row.title}")
-        for endpoint in row.endpoints:
-            await sample(crowd[endpoint], endpoint, seconds / 2)
+        for endpoint in ENDPOINTS:
+            await sample(crowd[endpoint], row.path(endpoint), seconds / 2)
     for number, (setting, count), endpoint in itertools.product(range(rounds), CLIENTS.items(), ENDPOINTS):
         say(f"round {number + 1} of {rounds}: {endpoint}, {titled(setting)}")
         # To and fro, so that no row always has the same neighbour before it.
         for row, crowd in list(crowds.items())[:: -1 if number % 2 else 1]:
-            if endpoint in row.endpoints:
-                results.add(Cell(row.key, endpoint, setting), await sample(crowd[endpoint][:count], endpoint, seconds))
+            found = await sample(crowd[endpoint][:count], row.path(endpoint), seconds)
+            results.add(Cell(row.key, endpoint, setting), found)
 
 
 async def count_statements(row: Row, app: ASGIApp, results: Results, counted: Callable[[], Awaitable[int]]) -> None:
@@ -168,18 +180,29 @@ async def count_statements(row: Row, app: ASGIApp, results: Results, counted: Ca
 
     async def ask(client: Client, endpoint: Endpoint) -> None:
         for _ in range(_COUNTED):
-            await client.get(endpoint)
+            await client.get(row.path(endpoint))
 
-    for endpoint, (setting, count) in itertools.product(row.endpoints, CLIENTS.items()):
+    for endpoint, (setting, count) in itertools.product(ENDPOINTS, CLIENTS.items()):
         before = await counted()
         await asyncio.gather(*(ask(client, endpoint) for client in crowd[endpoint][:count]))
         results.statements[Cell(row.key, endpoint, setting)] = (await counted() - before) / count / _COUNTED
 
 
-async def _crowd(row: Row, app: ASGIApp) -> dict[Endpoint, list[Client]]:
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Spare the collections between the samples what has been there before."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+async def _crowd(row: Row, app: ASGIApp) -> Crowd:
     """Return for each endpoint the clients that ask for it: with sessions of their own, or before their login."""
     count = max(CLIENTS.values())
     guests = [Client(app) for _ in range(count)]
     if row.is_baseline:
-        return dict.fromkeys(row.endpoints, guests)
+        return dict.fromkeys(ENDPOINTS, guests)
     return {"/login": guests, **dict.fromkeys(("/none", "/read", "/write"), await logged_in(app, count))}

@@ -82,8 +82,8 @@ class Results:
 
 
 def baseline(cell: Cell) -> Cell:
-    """Return the cell of the same framework without sessions."""
-    return Cell(ROWS[cell.row].baseline, "/none", cell.setting)
+    """Return the cell of the same framework without sessions, measured in the same minute."""
+    return cell._replace(row=ROWS[cell.row].baseline)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -156,7 +156,7 @@ def goals(results: Results) -> str:
 
 def tables(results: Results) -> str:
     """Return everything measured in Markdown: a table for each setting and endpoint."""
-    measured = {(cell.setting, cell.endpoint) for cell in results.samples if not ROWS[cell.row].is_baseline}
+    measured = {(cell.setting, cell.endpoint) for cell in results.samples}
     wanted = [(setting, endpoint) for setting in _TITLES for endpoint in _ORDER if (setting, endpoint) in measured]
     return "\n".join(
         f"### {endpoint}, {titled(setting)}\n\n{_of(results, setting, endpoint)}" for setting, endpoint in wanted
@@ -172,7 +172,7 @@ def _line(results: Results, row: Row, endpoint: Endpoint, setting: Setting) -> l
     """Return one line, or an empty list for a row that was not asked for."""
     if row.key in results.skipped:
         return [row.title, f"skipped: {results.skipped[row.key]}", "", "", "", "", ""]
-    cell = Cell(row.key, "/none" if row.is_baseline else endpoint, setting)
+    cell = Cell(row.key, endpoint, setting)
     if cell not in results.samples:
         return []
     return [

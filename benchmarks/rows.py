@@ -8,7 +8,7 @@ from typing import Literal
 
 from starlette.types import ASGIApp
 
-from benchmarks.endpoints import ENDPOINTS, Endpoint
+from benchmarks.endpoints import Endpoint
 
 Store = Literal["", "PostgreSQL", "SQLite", "Redis"]
 
@@ -30,7 +30,7 @@ class Row:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it has no sessions, and with them no endpoint but `/none`."""
+        """Whether it has no sessions."""
         return self.key == self.baseline
 
     @property
@@ -38,10 +38,9 @@ class Row:
         """Whether it is what the benchmarks are about."""
         return self.title.startswith("sqlsessions")
 
-    @property
-    def endpoints(self) -> tuple[Endpoint, ...]:
-        """What can be asked of it."""
-        return ("/none",) if self.is_baseline else ENDPOINTS
+    def path(self, endpoint: Endpoint) -> Endpoint:
+        """Return what is asked for in a cell of *endpoint*: without sessions, there is only one."""
+        return "/none" if self.is_baseline else endpoint
 
     def application(self, url: str) -> ASGIApp:
         """Return the application; what it needs, it opens in its lifespan."""

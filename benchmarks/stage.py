@@ -120,6 +120,7 @@ class Stage:
     @contextmanager
     def counting(self, row: Row) -> Iterator[None]:
         """Count the statements of the connections that *row* opens inside the block."""
+        self.url(row)
         if row.store == "PostgreSQL":
             self.postgres.execute(f"""ALTER DATABASE "{row.key}" SET "pg_stat_statements.track" = 'top'""")
             yield

@@ -25,7 +25,7 @@ CONNECTIONS = 32
 #: Sessions in turn: so many that no two requests under way have the same one.
 _SESSIONS = 8 * CONNECTIONS
 
-_ENDPOINTS: tuple[Endpoint, ...] = ("/none", "/read", "/write")
+_ENDPOINTS: tuple[Endpoint, ...] = ("/read", "/write")
 
 
 def measure(
@@ -44,14 +44,14 @@ def measure(
             cookies = folder / f"{row.key}.cookies"
             cookies.write_text("".join(f"{_cookie(row, port)}\n" for _ in range(_SESSIONS)))
             served[row] = [wrk, "-t1", f"-c{CONNECTIONS}", "-s", str(_HERE / "wrk.lua"), str(port), str(cookies)]
-            _sample(served[row], "/none" if row.is_baseline else "/read", 1)
+            _sample(served[row], row.path("/read"), 1)
         for number in range(rounds):
             for endpoint in _ENDPOINTS:
                 say(f"round {number + 1} of {rounds}: {endpoint}, over HTTP")
                 # To and fro, so that no row always has the same neighbour before it.
                 for row, command in list(served.items())[:: -1 if number % 2 else 1]:
-                    if endpoint in row.endpoints and (endpoint != "/none" or row.is_baseline):
-                        results.add(Cell(row.key, endpoint, "HTTP"), _sample(command, endpoint, seconds))
+                    found = _sample(command, row.path(endpoint), seconds)
+                    results.add(Cell(row.key, endpoint, "HTTP"), found)
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def _port(process: "subprocess.Popen[str]") -> int:
 def _cookie(row: Row, port: int) -> str:
     """Return the cookie of a new session, or "" where there are none."""
     connection = HTTPConnection("127.0.0.1", port)
-    connection.request("GET", "/none" if row.is_baseline else "/login")
+    connection.request("GET", row.path("/login"))
     with connection.getresponse() as answer:
         values = answer.headers.get_all("set-cookie", [])
     connection.close()
