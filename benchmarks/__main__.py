@@ -10,21 +10,22 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from textwrap import fill
 
 import uvloop
 from starlette.types import ASGIApp
 
 from benchmarks import driver, wrk
-from benchmarks.report import Results, goals, plot, tables
+from benchmarks.report import LEGEND, Results, goals, plot, tables
 from benchmarks.rows import ROWS, Row
 from benchmarks.stage import Stage
 from tests.servers import Unavailable
 
 _HERE = Path(__file__).resolve().parent
 
-#: Whose versions the results name.
+#: Whose versions the results name, where they are installed.
 _PACKAGES = (
     *("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "sqlalchemy", "asyncpg", "aiosqlite"),
     *("starsessions", "redis", "litestar", "advanced-alchemy", "django", "psycopg"),
@@ -44,8 +45,9 @@ def main() -> None:
         circumstances = _circumstances(stage)
     print(circumstances, tables(results), goals(results), sep="\n\n")
     if options.http and not options.only and not options.quick:
-        parts = ["# Results", circumstances, "![Requests/s](results.png)", goals(results), tables(results)]
-        (_HERE / "results.md").write_text("\n\n".join(parts))
+        picture = "![Requests/s of every row](results.png)"
+        parts = ["# Results", circumstances, picture, LEGEND, "## Goals", goals(results), tables(results)]
+        (_HERE / "results.md").write_text("\n\n".join(parts) + "\n")
         plot(results, _HERE / "results.png")
 
 
@@ -82,9 +84,10 @@ def _over_http(rows: Sequence[Row], stage: Stage, results: Results, options: arg
 
 def _circumstances(stage: Stage) -> str:
     """Return when, where and on what this was measured."""
-    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    installed = packages_distributions()
+    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES if name.replace("-", "_") in installed)
     machine = f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
-    return f"{datetime.now(UTC):%Y-%m-%d}: {machine}, {stage.versions}, {packages}."
+    return fill(f"{datetime.now(UTC):%Y-%m-%d}: {machine}, {stage.versions}, {packages}.", 120)
 
 
 def _options() -> argparse.Namespace:

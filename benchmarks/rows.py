@@ -36,7 +36,7 @@ class Row:
     @property
     def is_ours(self) -> bool:
         """Whether it is what the benchmarks are about."""
-        return self.title.startswith("sqlsessions")
+        return self.factory.startswith("ours:")
 
     def path(self, endpoint: Endpoint) -> Endpoint:
         """Return what is asked for in a cell of *endpoint*: without sessions, there is only one."""

@@ -1,6 +1,7 @@
 """The servers and files that the rows keep their sessions in, and what those count."""
 
 import itertools
+import re
 import shutil
 import signal
 import sqlite3
@@ -115,7 +116,9 @@ class Stage:
         servers = [self.__dict__[name] for name in ("postgres", "redis") if name in self.__dict__]
         commands = [[server.command()[0], "--version"] for server in servers]
         told = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for command in commands]
-        return ", ".join([f"SQLite {sqlite3.sqlite_version}", *(line.strip() for line in told)])
+        numbers = [found[0] if (found := re.search(r"[0-9]+(\.[0-9]+)+", line)) else "?" for line in told]
+        names = [Path(command[0]).name for command in commands]
+        return ", ".join([f"SQLite {sqlite3.sqlite_version}", *map(" ".join, zip(names, numbers, strict=True))])
 
     @contextmanager
     def counting(self, row: Row) -> Iterator[None]:

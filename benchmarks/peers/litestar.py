@@ -50,7 +50,7 @@ async def login(request: AnyRequest) -> dict[str, Any]:
 
 def without(url: str) -> ASGIApp:  # noqa: ARG001 - all rows are made alike
     """Return the application without sessions."""
-    app: ASGIApp = Litestar([none], openapi_config=None)
+    app: ASGIApp = Litestar([none], openapi_config=None, logging_config=None)
     return app
 
 
@@ -70,5 +70,6 @@ def in_orm(url: str) -> ASGIApp:
         middleware=[DefineMiddleware(SessionMiddleware, backend=backend)],
         plugins=[SQLAlchemyPlugin(config=alchemy)],
         openapi_config=None,
+        logging_config=None,
     )
     return app

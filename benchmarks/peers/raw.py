@@ -137,36 +137,39 @@ class HeldConnections:
 
     def __init__(self, url: str) -> None:
         self._url = url.replace("+asyncpg", "")
-        self._free: asyncio.LifoQueue[tuple[PreparedStatement[Any], PreparedStatement[Any]]]
+        self._free: list[tuple[PreparedStatement[Any], PreparedStatement[Any]]] = []
+        # A queue would let those who come overtake those who wait, some of them for half a second.
+        self._turn = asyncio.Semaphore(CONNECTIONS)
 
     @asynccontextmanager
     async def opened(self, app: FastAPI) -> AsyncGenerator[None, None]:  # noqa: ARG002
         """Hold the connections."""
         connections = [await asyncpg.connect(self._url) for _ in range(CONNECTIONS)]
         await connections[0].execute(_POSTGRESQL)
-        self._free = asyncio.LifoQueue()
         for connection in connections:
-            self._free.put_nowait((await connection.prepare(_SELECT), await connection.prepare(_UPSERT)))
+            self._free.append((await connection.prepare(_SELECT), await connection.prepare(_UPSERT)))
         yield
         for connection in connections:
             await connection.close()
 
     async def load(self, id: str) -> str | None:  # noqa: A002
         """Return what is stored, or None."""
-        statements = await self._free.get()
-        try:
-            found: str | None = await statements[0].fetchval(id)
-            return found
-        finally:
-            self._free.put_nowait(statements)
+        async with self._turn:
+            select, upsert = self._free.pop()
+            try:
+                found: str | None = await select.fetchval(id)
+                return found
+            finally:
+                self._free.append((select, upsert))
 
     async def save(self, id: str, data: str) -> None:  # noqa: A002
         """Insert or update."""
-        statements = await self._free.get()
-        try:
-            await statements[1].fetchval(id, data)
-        finally:
-            self._free.put_nowait(statements)
+        async with self._turn:
+            select, upsert = self._free.pop()
+            try:
+                await upsert.fetchval(id, data)
+            finally:
+                self._free.append((select, upsert))
 
 
 class Lane(Generic[T, R]):
