@@ -102,6 +102,8 @@ def _options() -> argparse.Namespace:
     for name, value in (quick if options.quick else whole).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds is 1 at least, and --seconds more than 0")
     return options
 
 

@@ -17,7 +17,7 @@ from benchmarks.rows import Row
 CLIENTS: Mapping[Setting, int] = {"1": 1, "32": 32}
 
 #: How many requests of each client `count_statements` looks at.
-_COUNTED = 10
+_COUNTED = 3
 
 #: The clients that ask for each endpoint.
 Crowd = Mapping[Endpoint, list["Client"]]

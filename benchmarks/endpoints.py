@@ -24,7 +24,7 @@ USER_ID = 123
 
 
 def fresh() -> dict[str, Any]:
-    """Return what a session holds after `/login`: some 1.2 KB as JSON."""
+    """Return what a session holds after `/login`: some 1.1 KB as JSON."""
     cart = [{"sku": f"sku-{number:04}", "title": f"Article {number}", "quantity": 1} for number in range(20)]
     return {"user_id": USER_ID, "n": 0, "cart": cart}
 

@@ -151,7 +151,7 @@ GOALS = (
 #: How to read the tables.
 LEGEND = """\
 Medians of all rounds; in each round every row had its turn, and ratios are taken within a round. Every session holds a
-user's id, a number and a cart of 20 items: some 1.2 KB. `/read` reads the id, `/write` counts the number up, `/none`
+user's id, a number and a cart of 20 items: some 1.1 KB. `/read` reads the id, `/write` counts the number up, `/none`
 leaves the session alone, `/login` makes a new one.
 
 - *One at a time*, *32 at once*: clients in the application's own process (uvloop), each with a session of its own.
