@@ -12,7 +12,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import Enum, auto
 from operator import is_
@@ -365,14 +365,26 @@ class Visit:
             return
         if failed and not self.session.marks.ended:
             return
-        await self._previous()
+        if self._commit is not None and not self._commit.done():
+            # As one piece: a logout stays one whose caller is cancelled once more while it waits its turn.
+            await self._whole(self._follow(self._commit, failed=failed, may_touch=may_touch))
+        elif (work := self._owed(failed=failed, may_touch=may_touch)) is not None:
+            await self._whole(work)
+
+    async def _follow(self, previous: asyncio.Task[None], *, failed: bool, may_touch: Callable[[], bool]) -> None:
+        await asyncio.wait({previous})
+        if (work := self._owed(failed=failed, may_touch=may_touch)) is not None:
+            await work
+
+    def _owed(self, *, failed: bool, may_touch: Callable[[], bool]) -> Coroutine[Any, Any, None] | None:
+        """Return the work that is owed now; None if there is none."""
         draft = self._draft(failed=failed, may_touch=may_touch)
         # A logout that could not find its session must not look like one that did.
         refused = self._failure is not None and self.session.marks.ended and not failed
         if draft.action is Action.NOTHING and not refused:
-            return
+            return None
         self._check_writable()
-        await self._whole(self._carry_out(draft, failed=failed, may_touch=may_touch))
+        return self._carry_out(draft, failed=failed, may_touch=may_touch)
 
     def _check_writable(self) -> None:
         if self._failure is not None:
@@ -396,6 +408,8 @@ class Visit:
         """
         session, record, stored = self.session, self.record, self._as_stored
         if session.written or session.lent or self._stale_key or session.marks.any:
+            return False
+        if self._commit is not None and not self._commit.done():
             return False
         if record is None or stored is None:
             return record is None and not dict.__len__(session)
@@ -491,7 +505,7 @@ class Visit:
             touch_due=self._touch_due(now) and may_touch(),
         )
         action = Action.NOTHING if quiet and not failed else decide(facts)
-        return _Draft(action, text, user, now, data)
+        return _Draft(action, text, user, now, data, replace(marks) if marks.any else Marks())
 
     def _touch_due(self, now: datetime) -> bool:
         """Tell whether the session's use is worth a write. A cookie of an old key is: it is re-issued if the touch
@@ -570,7 +584,9 @@ class Visit:
             case Action.UPDATE | Action.RENEW:
                 if not await self._replace(draft):
                     return False
-        self.session.marks = Marks()
+        # The handler may have gone on meanwhile, and asked for more, such as an end: that is still owed.
+        if self.session.marks == draft.marks:
+            self.session.marks = Marks()
         return True
 
     async def _insert(self, text: str, draft: "_Draft") -> None:
@@ -838,6 +854,8 @@ class _Draft:
     now: datetime
     #: The items that *text* says.
     data: dict[str, Any]
+    #: What the handler had asked for when this was decided.
+    marks: Marks = field(default_factory=Marks)
 
 
 class _Turns:
