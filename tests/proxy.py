@@ -35,19 +35,19 @@ class Proxy:
         """Serve one connection to its end."""
         task = asyncio.current_task()
         assert task
-        upstream_reader, upstream = await asyncio.open_connection(self.target.host, self.target.port)
-        self._links[task] = [writer, upstream]
+        self._links[task] = [writer]
         losing = asyncio.Event()
         try:
+            upstream_reader, upstream = await asyncio.open_connection(self.target.host, self.target.port)
+            self._links[task].append(upstream)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._forward(reader, upstream, losing))
                 group.create_task(self._answer(upstream_reader, writer, losing))
         except* OSError:
-            pass  # a connection that was cut
+            pass  # a connection that was cut, or a server that is not there: the client hears of it by the abort
         finally:
-            writer.transport.abort()
-            upstream.transport.abort()
-            del self._links[task]
+            for end in self._links.pop(task):
+                end.transport.abort()
 
     async def _forward(self, client: asyncio.StreamReader, server: asyncio.StreamWriter, losing: asyncio.Event) -> None:
         while chunk := await client.read(65536):
