@@ -9,7 +9,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from tests.looking import PATIENCE, closing, pids, sql
 pytestmark = pytest.mark.anyio
 
 #: More kills, or others: TEST_KILLS=1000 TEST_KILLS_SEED=7.
-KILLS = int(os.environ.get("TEST_KILLS", "16"))
+KILLS = int(os.environ.get("TEST_KILLS", "24"))
 SEED = int(os.environ.get("TEST_KILLS_SEED", "1"))
 
 WORKERS = 2
@@ -120,7 +120,7 @@ APPLICATION = """
     # Forked after all imports, as by gunicorn --preload: hundreds of workers start in the time of one interpreter.
     listener = socket.create_server(("127.0.0.1", 0))
     parent = os.getpid()
-    leash = ctypes.CDLL(None).prctl
+    leash = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
     leash(1, signal.SIGKILL)
 
     def work():
@@ -178,6 +178,9 @@ class Workers:
     ) -> None:
         if self._process.returncode is None:
             self._process.kill()
+            for pid in self.pids:
+                with suppress(ProcessLookupError):  # the leash was faster
+                    os.kill(pid, signal.SIGKILL)
         await self._process.wait()
 
     @property
