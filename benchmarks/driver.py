@@ -45,7 +45,7 @@ class Client:
             "headers": headers, "client": ("127.0.0.1", 50000), "server": ("127.0.0.1", 8000), "state": {},
         }  # fmt: skip
         await self._app(scope, self._receive, self._send)
-        if self._answer["status"] != 200:  # noqa: PLR2004
+        if self._answer["status"] != 200:
             raise RuntimeError(f"{path} was answered with {self._answer['status']}: {self.body!r}")
 
     async def _receive(self) -> Message:

@@ -553,7 +553,7 @@ class Visit:
                 await _back_off(attempt)
         raise self._conflict()
 
-    async def _perform(self, draft: "_Draft") -> bool:  # noqa: C901 - a case for each action
+    async def _perform(self, draft: "_Draft") -> bool:  # noqa: C901, PLR0912 - a case for each action
         """Carry out the action; False if a compare-and-swap found another row than was read."""
         if self.headers_sent and draft.action in _NEED_COOKIE:
             raise HeadersSent(
