@@ -481,6 +481,18 @@ async def test_a_second_try_of_loading(site: Site) -> None:
     assert (await browser.visit(try_again)).json() == {"cart": [1]}
 
 
+async def test_no_second_try_after_a_deadline(site: Site) -> None:
+    """Where the autoload has waited out the deadline load_session() does not wait for another (R73)."""
+    browser = await site.filled(cart=[1])
+    site.backend.failing["load"] = BackendTimeout()
+
+    async def try_again(request: Request) -> Any:
+        return dict(await load_session(request))
+
+    assert is_a_plain_503(await browser.visit(try_again))
+    assert site.statements == ["load"]
+
+
 async def test_the_answer_is_ours_without_any_framework() -> None:
     """The 503 is valid ASGI for the barest of applications: a start and a body (R57)."""
     backend = Staged(InMemoryBackend())

@@ -24,6 +24,7 @@ from sqlsessions.backends.base import Backend, UserSessions
 from sqlsessions.credentials import CookieSigner, Credential, new_id, new_secret, next_version, proves
 from sqlsessions.errors import (
     BackendError,
+    BackendTimeout,
     BackendUnavailable,
     ConfigurationError,
     CorruptData,
@@ -309,10 +310,10 @@ class Visit:
         """Return the session, loaded: one SELECT if the cookie was genuine, nothing if it is loaded already.
 
         Never raises for a sick backend: the error is kept and raised by the first access, so that routes which do not
-        use the session work.
+        use the session work. Asked again, it tries again, unless the first try has cost the request a deadline (R73).
         """
         session = self.session
-        if self._loaded and self._failure is None:
+        if self._loaded and (self._failure is None or isinstance(self._failure, BackendTimeout)):
             return session
         self._failure = None
         if self._credential is not None:
