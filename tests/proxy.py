@@ -3,8 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Literal
 
 from sqlalchemy import URL, make_url
+
+#: What the network does. "stall": nothing moves, and all of it arrives when the network moves again. "drop": packets
+#: are swallowed for good. In both, nothing is closed. "reset": connections break, new ones too. "slow": everything
+#: takes `delay` seconds longer.
+Mode = Literal["pass", "stall", "drop", "reset", "slow"]
 
 #: How a driver ends the execution of a prepared statement: Execute (of the unnamed portal, all rows), Sync.
 EXECUTE = b"E\0\0\0\x09\0\0\0\0\0" + b"S\0\0\0\x04"
@@ -13,17 +19,36 @@ READY = b"Z\0\0\0\x05I"
 
 
 class Proxy:
-    """Passes bytes both ways, until it is told to lose some."""
+    """Passes bytes both ways, until it is told to do worse."""
 
     def __init__(self, target: URL) -> None:
+        #: Where new connections lead.
         self.target = target
-        #: Swallow everything, as a network does whose packets are dropped: nothing is closed, nothing arrives.
-        self.swallowing = False
+        #: Seconds that each way takes in mode "slow".
+        self.delay = 0.2
+        self._mode: Mode = "pass"
+        self._moving = asyncio.Event()
+        self._moving.set()
         #: How many answers to lose: the server is given the statement and carries it out, then the connection breaks.
         self.answers_to_lose = 0
         #: How many statements were passed on.
         self.statements = 0
         self._links: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
+
+    @property
+    def mode(self) -> Mode:
+        """What the network does now."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._mode = mode
+        if mode == "stall":
+            self._moving.clear()
+        else:
+            self._moving.set()
+        if mode == "reset":
+            self.cut()
 
     def cut(self) -> None:
         """Break all connections."""
@@ -38,6 +63,8 @@ class Proxy:
         self._links[task] = [writer]
         losing = asyncio.Event()
         try:
+            if self._mode == "reset":
+                raise ConnectionResetError
             upstream_reader, upstream = await asyncio.open_connection(self.target.host, self.target.port)
             self._links[task].append(upstream)
             async with asyncio.TaskGroup() as group:
@@ -51,7 +78,7 @@ class Proxy:
 
     async def _forward(self, client: asyncio.StreamReader, server: asyncio.StreamWriter, losing: asyncio.Event) -> None:
         while chunk := await client.read(65536):
-            if self.swallowing:
+            if not await self._arrives():
                 continue
             self.statements += chunk.count(EXECUTE)
             if self.answers_to_lose and EXECUTE in chunk:
@@ -64,9 +91,16 @@ class Proxy:
         while chunk := await server.read(65536):
             if losing.is_set() and chunk.endswith(READY):
                 break
-            if not losing.is_set() and not self.swallowing:
+            if await self._arrives() and not losing.is_set():
                 client.write(chunk)
         raise ConnectionResetError
+
+    async def _arrives(self) -> bool:
+        """Take the time that the network takes; tell whether what it carries arrives at all."""
+        await self._moving.wait()
+        if self._mode == "slow":
+            await asyncio.sleep(self.delay)
+        return self._mode != "drop"
 
     async def aclose(self) -> None:
         """Break what is left and wait until it has ended."""

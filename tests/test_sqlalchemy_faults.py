@@ -158,13 +158,13 @@ async def test_black_hole(postgres_sessions_url: str, name: str) -> None:
         closing(SQLAlchemyBackend(url, pool_size=2, deadline=DEADLINE)) as backend,
     ):
         await backend.insert(record)
-        sent, proxy.swallowing = proxy.statements, True
+        sent, proxy.mode = proxy.statements, "drop"
         for _ in range(3):
             async with on_time(BackendTimeout):
                 await WRITES[name](backend, record)
         async with on_time(BackendUnavailable, after=timedelta(0)):  # the circuit is open
             await WRITES[name](backend, record)
-        proxy.swallowing = False
+        proxy.mode = "pass"
         await backend.aclose()
         assert proxy.statements == sent
         assert await backend.load(record.id, START) == record
