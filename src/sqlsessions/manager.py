@@ -859,26 +859,47 @@ class _Draft:
     marks: Marks = field(default_factory=Marks)
 
 
+class _Turn:
+    """The lock of one session, and how often the database did not answer who held it."""
+
+    __slots__ = ("__weakref__", "lock", "timeouts")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.timeouts = 0
+
+
 class _Turns:
     """One lock per session of this process: writers that lost a race queue instead of racing on."""
 
     def __init__(self) -> None:
-        self._locks: WeakValueDictionary[tuple[int, UUID | None], asyncio.Lock] = WeakValueDictionary()
+        self._turns: WeakValueDictionary[tuple[int, UUID | None], _Turn] = WeakValueDictionary()
 
     def taken(self, session_id: UUID) -> bool:
         """Tell whether somebody has the turn."""
-        lock = self._locks.get((id(asyncio.get_running_loop()), session_id))
-        return lock is not None and lock.locked()
+        turn = self._turns.get((id(asyncio.get_running_loop()), session_id))
+        return turn is not None and turn.lock.locked()
 
     @asynccontextmanager
     async def of(self, session_id: UUID | None) -> AsyncIterator[None]:
-        """Wait for the turn at *session_id*, in this event loop."""
+        """Wait for the turn at *session_id*, in this event loop.
+
+        Raises `BackendTimeout` if the database did not answer somebody who went before: behind a row that is locked,
+        each would wait out a deadline of its own, one after the other (R73, R83).
+        """
         key = (id(asyncio.get_running_loop()), session_id)
-        lock = self._locks.get(key)
-        if lock is None:
-            lock = self._locks[key] = asyncio.Lock()
-        async with lock:
-            yield
+        turn = self._turns.get(key)
+        if turn is None:
+            turn = self._turns[key] = _Turn()
+        before = turn.timeouts
+        async with turn.lock:
+            if turn.timeouts != before:
+                raise BackendTimeout("the database did not answer another request that changes this session")
+            try:
+                yield
+            except BackendTimeout:
+                turn.timeouts += 1
+                raise
 
 
 def _apply(change: Change, data: dict[str, Any]) -> dict[str, Any]:
