@@ -27,6 +27,8 @@ class Way:
     options: dict[str, Any] = field(default_factory=dict)
     #: The most connections that one process may have then.
     connections: int = 5
+    #: How many requests may wait for one locked row before others have to wait as well.
+    waiting: int = 4
 
     def backend(self, url: str | sa.URL, deadline: timedelta = DEADLINE) -> SQLAlchemyBackend:
         """Return a backend that works in this way."""

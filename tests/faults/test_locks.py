@@ -1,0 +1,189 @@
+"""Rows, tables and limits of a database that is well, but is needed by somebody else as well."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+from anyio.lowlevel import checkpoint
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from sqlsessions.session import Session
+from sqlsessions.testing import make_record
+from tests.asgi import Answer
+from tests.faults.ways import DEADLINE, SLACK, Way
+from tests.looking import PATIENCE, closing, everything, pids, sql
+from tests.staging import Browser, Do, Site, Staged
+
+pytestmark = pytest.mark.anyio
+
+LIMIT = (DEADLINE + SLACK).total_seconds()
+
+
+@pytest.fixture
+async def site(way: Way, postgres_sessions_url: str, anyio_backend: str) -> AsyncIterator[Site]:
+    """A site on a database of its own."""
+    site = Site(Staged(way.backend(postgres_sessions_url)))
+    yield site
+    await site.backend.aclose()
+
+
+@asynccontextmanager
+async def holding(url: str, *statements: str) -> AsyncIterator[AsyncConnection]:
+    """Keep the locks that these statements take, in a transaction of somebody else's, while the block runs."""
+    engine = create_async_engine(url, poolclass=NullPool)
+    async with engine.connect() as connection, connection.begin():
+        for statement in statements:
+            await connection.execute(sa.text(statement))
+        yield connection
+
+
+def locking(row: UUID) -> str:
+    """Return a statement that locks a row."""
+    return f"SELECT 1 FROM web_sessions WHERE id = '{row}' FOR UPDATE"  # noqa: S608
+
+
+async def timed(browser: Browser, do: Do) -> tuple[Answer, float]:
+    """Return the answer, and the seconds it took: no more than it may."""
+    begun = time.monotonic()
+    answer = await browser.do(do)
+    took = time.monotonic() - begun
+    assert took < LIMIT
+    return answer, took
+
+
+async def stuck(url: str, count: int = 1) -> None:
+    """Wait until so many statements wait for a lock."""
+    async with asyncio.timeout(PATIENCE):
+        while len(await sql(url, "SELECT 1 FROM pg_locks WHERE NOT granted")) < count:
+            await checkpoint()
+
+
+def count(session: Session) -> None:
+    """Change the session."""
+    session["n"] = session.get("n", 0) + 1
+
+
+def read(session: Session) -> None:
+    """Look into the session."""
+    session.get("n")
+
+
+async def add(session: Session) -> None:
+    """Change the session in one step."""
+    await session.atomic(lambda data: data.update(n=data["n"] + 1))
+
+
+@pytest.mark.parametrize("requests", [1, 8])
+@pytest.mark.parametrize("do", [count, add])
+async def test_a_row_that_is_locked(
+    site: Site, way: Way, postgres_sessions_url: str, *, requests: int, do: Do, observed: Callable[[str], None]
+) -> None:
+    """A locked row costs requests to this session their deadline, and others nothing: no queue behind one stuck
+    transaction (R83).
+    """
+    if do is count:  # those of add() queue before they come to the database
+        requests = min(requests, way.waiting)
+    one = await site.filled(n=0)
+    row = (await site.record()).id
+    others = [await site.filled(n=0) for _ in range(30)]
+    async with holding(postgres_sessions_url, locking(row)):
+        waiting = [asyncio.create_task(timed(one, do)) for _ in range(requests)]
+        await stuck(postgres_sessions_url)
+        took = []
+        while not all(task.done() for task in waiting):
+            for answer, seconds in await asyncio.gather(*(timed(other, count) for other in others)):
+                assert answer.status == 200
+                took.append(seconds)
+        answers = [await task for task in waiting]
+        assert {answer.status for answer, _ in answers} == {503}
+        assert (await timed(one, read))[0].status == 200
+    assert (await one.do(do)).status == 200
+    assert (await one.data())["n"] >= 1
+    assert [(await other.data())["n"] for other in others] == [len(took) // 30] * 30
+    observed(
+        f"{len(took)} writes of others, longest {max(took):.2f} s; stuck for {max(took for _, took in answers):.2f} s"
+    )
+
+
+async def test_a_row_that_is_unlocked_in_time(site: Site, postgres_sessions_url: str) -> None:
+    """A request that waits for a row is served as soon as the row is free (R83)."""
+    one = await site.filled(n=0)
+    row = (await site.record()).id
+    async with holding(postgres_sessions_url, locking(row)):
+        waiting = asyncio.create_task(timed(one, count))
+        await stuck(postgres_sessions_url)
+        assert (await site.browser().do(count)).status == 200
+    assert (await waiting)[0].status == 200
+    assert (await one.data())["n"] == 1
+
+
+async def test_a_table_that_is_locked(site: Site, postgres_sessions_url: str, observed: Callable[[str], None]) -> None:
+    """While a migration keeps the table, everybody is answered by the deadline, and routes without a session at once;
+    then all goes on (R83).
+    """
+    browsers = [await site.filled(n=0) for _ in range(10)]
+    cookies = [dict(browser.cookies) for browser in browsers]
+    took: list[float] = []
+    async with holding(postgres_sessions_url, "LOCK TABLE web_sessions IN ACCESS EXCLUSIVE MODE"):
+        for do in (read, count, Session.clear):
+            for answer, seconds in await asyncio.gather(*(timed(browser, do) for browser in browsers)):
+                assert (answer.status, answer.set_cookies) == (503, [])
+                took.append(seconds)
+            assert (await site.browser().do(read)).status == 200
+    async with asyncio.timeout(PATIENCE):
+        while (await browsers[0].do(read)).status != 200:  # until the circuit is closed
+            await checkpoint()
+    for browser, cookie in zip(browsers, cookies, strict=True):
+        assert dict(browser.cookies) == cookie
+        assert (await browser.do(count)).status == 200
+    assert [(await browser.data())["n"] for browser in browsers] == [1] * 10
+    observed(f"30 requests, answered after {sorted(took)[15]:.2f} s (median), {max(took):.2f} s (longest)")
+
+
+@pytest.mark.parametrize("setting", ["statement_timeout", "lock_timeout"])
+async def test_a_limit_of_the_servers_own(way: Way, postgres_sessions_url: str, setting: str) -> None:
+    """What the server gives up by a time limit of its own is a 503, and the connection is as good as before (R75)."""
+    database = sa.make_url(postgres_sessions_url).database
+    site = Site(Staged(way.backend(postgres_sessions_url, timedelta(seconds=PATIENCE))))
+    one = await site.filled(n=0)
+    row = (await site.record()).id
+    await site.backend.aclose()
+    await sql(postgres_sessions_url, f"ALTER DATABASE {database} SET {setting} TO '50ms'")
+    async with holding(postgres_sessions_url, f"SET {setting} TO 0", locking(row)):
+        await one.do(read)
+        before = await pids(postgres_sessions_url)
+        assert (await one.do(count)).status == 503
+        assert [event.detail for event in site.events] == ["BackendTimeout"]
+        assert (await one.do(read)).status == 200
+        assert await pids(postgres_sessions_url) <= before
+    assert (await one.do(count)).status == 200
+    await site.backend.aclose()
+
+
+async def test_a_deadlock(way: Way, postgres_sessions_url: str) -> None:
+    """An operation that the server chose as a deadlock's victim is tried again (R59)."""
+    database = sa.make_url(postgres_sessions_url).database
+    await sql(postgres_sessions_url, f"ALTER DATABASE {database} SET deadlock_timeout TO '600ms'")
+    first, second = make_record(user_id="somebody"), make_record(user_id="somebody")
+    async with closing(way.backend(postgres_sessions_url, timedelta(seconds=PATIENCE))) as backend:
+        for record in (first, second):
+            await backend.insert(record)
+        async with holding(
+            postgres_sessions_url, f"SET deadlock_timeout TO '{PATIENCE}s'", locking(second.id)
+        ) as connection:
+            deleting = asyncio.create_task(backend.delete_for_user("somebody"))
+            await stuck(postgres_sessions_url)
+            await connection.execute(sa.text(locking(first.id)))
+        assert await deleting == 2
+        await everything(backend)
+    await sql(postgres_sessions_url, "SELECT pg_stat_force_next_flush()")
+    (seen,) = await sql(
+        postgres_sessions_url, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    )
+    assert seen.deadlocks == 1
