@@ -28,6 +28,7 @@ from sqlsessions.backends.connections import (
     Parameters,
     silence,
 )
+from sqlsessions.backends.hosts import connector
 from sqlsessions.backends.lanes import Apart, Held, Lane, Sender, Work
 from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import (
@@ -83,7 +84,7 @@ class SQLAlchemyBackend(Revocation):
             raise ConfigurationError(f"pool_size must be at least 1, not {pool_size!r}")
         if deadline <= timedelta(0):
             raise ConfigurationError(f"deadline must be positive, not {deadline!r}")
-        self._model = _model_engine(engine)
+        self._model = _model_engine(engine, deadline.total_seconds())
         self._statements = Statements(sessions_table(sa.MetaData(), table, schema), self._model.dialect.name)
         silence(table)
         self._batch = batch
@@ -470,10 +471,12 @@ class _Turn:
             await self._connections.discard(connection, others=True)
 
 
-def _model_engine(engine: str | sa.URL | AsyncEngine) -> Engine:
+def _model_engine(engine: str | sa.URL | AsyncEngine, deadline: float) -> Engine:
     """Return the engine whose settings ours take over; nothing is connected."""
     if isinstance(engine, (str, sa.URL)):
-        engine = create_async_engine(async_url(engine), skip_autocommit_rollback=True)
+        url = async_url(engine)
+        several = {"async_creator_fn": connector(deadline)} if url.drivername == "postgresql+asyncpg" else {}
+        engine = create_async_engine(url, skip_autocommit_rollback=True, connect_args=several)
     if not isinstance(engine, AsyncEngine):
         raise ConfigurationError(f"SQLAlchemyBackend takes a URL or an AsyncEngine, not {type(engine).__name__}")
     model = engine.sync_engine

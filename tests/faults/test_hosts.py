@@ -1,0 +1,73 @@
+"""A URL that names several servers: which of them is used, and how long the others may take to say nothing."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import sqlalchemy as sa
+
+from sqlsessions.errors import BackendUnavailable
+from tests.faults.ways import DEADLINE, SLACK, Way
+from tests.looking import closing, everything
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def silent() -> AsyncIterator[str]:
+    """Run a server that accepts connections and never says a word; give its address."""
+    clients: list[asyncio.StreamWriter] = []
+    server = await asyncio.start_server(lambda _, writer: clients.append(writer), "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        for client in clients:
+            client.transport.abort()
+        server.close()
+        await server.wait_closed()
+
+
+def several(url: str, *before: str, **options: str) -> sa.URL:
+    """Return *url* with other hosts before its own."""
+    own = sa.make_url(url)
+    return sa.make_url(
+        f"postgresql+asyncpg://postgres@/{own.database}?"
+        + "&".join([f"host={host}" for host in [*before, f"{own.host}:{own.port}"]])
+    ).update_query_dict(options)
+
+
+@pytest.mark.parametrize("hosts", ["silent", "refused", "silent refused", "silent silent"])
+async def test_a_first_host_that_is_not_there(way: Way, postgres_sessions_url: str, hosts: str) -> None:
+    """A host that hangs gets a share of the deadline, so that the next one is asked in time (asyncpg asks none)."""
+    async with silent() as address:
+        addresses = [address if host == "silent" else "127.0.0.1:1" for host in hosts.split()]
+        async with closing(way.backend(several(postgres_sessions_url, *addresses))) as backend:
+            for _ in range(2):
+                await everything(backend)
+                await backend.aclose()
+
+
+async def test_all_hosts_hang(way: Way, postgres_sessions_url: str) -> None:
+    """If no host answers, the caller is told so within the deadline (R73)."""
+    async with silent() as one, silent() as other:
+        url = several(postgres_sessions_url).set(query={"host": (one, other)})
+        async with closing(way.backend(url)) as backend:
+            begun = time.monotonic()
+            with pytest.raises(BackendUnavailable):
+                await backend.ping()
+            assert time.monotonic() - begun < (DEADLINE + SLACK).total_seconds()
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("read-write", True), ("any", True), ("standby", False)])
+async def test_the_server_that_is_wanted(way: Way, postgres_sessions_url: str, wanted: str, found: bool) -> None:
+    """A host of another kind than is wanted is passed over; if all are, that is an outage."""
+    async with silent() as address:
+        url = several(postgres_sessions_url, address, target_session_attrs=wanted)
+        async with closing(way.backend(url)) as backend:
+            if found:
+                await everything(backend)
+            else:
+                with pytest.raises(BackendUnavailable):
+                    await backend.ping()
