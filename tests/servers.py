@@ -18,8 +18,9 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_IROTH, S_IXOTH
 from types import TracebackType
@@ -206,7 +207,20 @@ class PostgresServer(Server):
         path = self.data / "postmaster.pid"
         lines = path.read_text().splitlines() if path.exists() else []
         # A killed predecessor leaves a file that still says "ready", under its own process id.
-        return len(lines) >= 8 and lines[0] == str(pid) and lines[7].strip() == "ready"
+        return len(lines) >= 8 and lines[0] == str(pid) and lines[7].strip() in {"ready", "standby"}
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stop all its processes while the block runs: connections are accepted, and nobody is answered."""
+        assert self._process
+        postmaster = self._process.pid
+        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+        processes = [postmaster, *map(int, children)]
+        _signal(processes, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _signal(processes, signal.SIGCONT)
 
     def create_database(self, name: str, template: str = "template1") -> str:
         """Create a database as a copy of `template`, to which nobody may be connected, and return its URL."""
@@ -232,6 +246,24 @@ class PostgresServer(Server):
 
         with ThreadPoolExecutor(1) as pool:
             pool.submit(lambda: asyncio.run(run())).result()
+
+
+class Standby(PostgresServer):
+    """A copy of another PostgreSQL server that follows it, and answers reads, until it is promoted."""
+
+    def __init__(self, primary: PostgresServer, settings: Mapping[str, str] | None = None) -> None:
+        """Take the primary, which has to run, and settings that are not the primary's."""
+        super().__init__({**primary.settings, **(settings or {})})
+        self.primary = primary
+
+    def prepare(self) -> None:
+        """Copy the primary."""
+        source = ["-h", "127.0.0.1", "-p", str(self.primary.port), "-U", "postgres"]
+        self.run("pg_basebackup", "-D", str(self.data), "-R", "-c", "fast", *source)
+
+    def promote(self) -> None:
+        """Make a primary of it; return when it accepts writes."""
+        self.execute("SELECT pg_promote()")
 
 
 class PgBouncer(Server):
@@ -274,6 +306,12 @@ class PgBouncer(Server):
     def accepts(self, pid: int, said: str) -> bool:
         """Return whether it has said that it is up."""
         return "process up" in said
+
+
+def _signal(processes: Iterable[int], what: signal.Signals) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, what)
 
 
 def postgres_binaries() -> Path:

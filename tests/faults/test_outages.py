@@ -1,11 +1,9 @@
 """A database that goes away and comes back, as the visitors of an application meet it."""
 
 import asyncio
-import os
-import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
 from sqlsessions.errors import BackendUnavailable
 from sqlsessions.record import Record
 from sqlsessions.testing import MINUTE, START, expecting, following, make_record
+from tests.faults.crowd import Crowd
 from tests.faults.ways import DEADLINE, SLACK, Way
 from tests.faults.worker import Worker
 from tests.looking import PATIENCE, closing, everything, pids, sql
@@ -67,22 +66,6 @@ def gone(how: StopMode) -> Fault:
     return fault
 
 
-@contextmanager
-def frozen(scene: Scene) -> Iterator[None]:
-    """The server with all its processes is stopped while the block runs: it accepts connections and never answers."""
-    postmaster = int((scene.server.data / "postmaster.pid").read_text().split()[0])
-    processes = [postmaster, *map(int, Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split())]
-    for process in processes:
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGCONT)
-
-
 def network(mode: Mode) -> Fault:
     """The network between is in this mode while the block runs."""
 
@@ -98,7 +81,11 @@ def network(mode: Mode) -> Fault:
 
 
 #: What says nothing, and costs whoever asks the deadline.
-SILENT: dict[str, Fault] = {"frozen": frozen, "stalled": network("stall"), "swallowed": network("drop")}
+SILENT: dict[str, Fault] = {
+    "frozen": lambda scene: scene.server.frozen(),
+    "stalled": network("stall"),
+    "swallowed": network("drop"),
+}
 #: What says no.
 REFUSING: dict[str, Fault] = {
     "stopped": gone("fast"),
@@ -205,48 +192,15 @@ async def test_a_slow_network(scene: Scene) -> None:
 
 async def test_a_server_that_crashes_under_load(scene: Scene, observed: Callable[[str], None]) -> None:
     """A crash fails what is in flight, and nothing that was acknowledged is lost; all goes on when it is back (R74)."""
-    acknowledged: dict[int, int] = dict.fromkeys(range(8), 0)
-    failed: dict[int, int] = dict.fromkeys(range(8), 0)
-    enough, noticed, back = asyncio.Event(), asyncio.Event(), asyncio.Event()
-    longest = 0.0
-
-    async def come_and_go(number: int) -> None:
-        nonlocal longest
-        async with scene.worker.browser() as browser:
-            await browser.post(f"/login/user{number}")
-            cookies = dict(browser.cookies)
-            last, left = time.monotonic(), 20
-            while left:
-                answer = await browser.post("/count")
-                if answer.status_code == 200:
-                    acknowledged[number] += 1
-                    longest, last = max(longest, time.monotonic() - last), time.monotonic()
-                    left -= back.is_set()
-                else:
-                    assert answer.status_code == 503
-                    failed[number] += 1
-                if min(acknowledged.values()) >= 10:
-                    enough.set()
-                if sum(failed.values()) >= 40:
-                    noticed.set()
-            # A write whose answer was lost may have been carried out.
-            count = (await browser.get("/")).json()["n"]
-            assert acknowledged[number] <= count <= acknowledged[number] + failed[number]
-            assert dict(browser.cookies) == cookies
-
-    async def crash() -> None:
-        await enough.wait()
-        await asyncio.to_thread(scene.server.stop, "immediate")
-        await noticed.wait()
-        scene.server.start()
-        back.set()
-
-    async with asyncio.timeout(PATIENCE):
-        await asyncio.gather(crash(), *(come_and_go(number) for number in acknowledged))
-    observed(
-        f"{sum(acknowledged.values())} writes acknowledged, 0 lost, {sum(failed.values())} refused;"
-        f" longest gap {longest:.2f} s"
-    )
+    crowd = Crowd([scene.worker])
+    visits = asyncio.create_task(crowd.come_and_go())
+    await crowd.busy.wait()
+    await asyncio.to_thread(scene.server.stop, "immediate")
+    await crowd.noticed.wait()
+    scene.server.start()
+    crowd.over.set()
+    await visits
+    observed(str(crowd))
 
 
 async def test_a_database_that_is_not_there_at_the_start(
