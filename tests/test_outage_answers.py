@@ -493,6 +493,88 @@ async def test_no_second_try_after_a_deadline(site: Site) -> None:
     assert site.statements == ["load"]
 
 
+# An answer of the application's own.
+
+
+def sorry(_: Request, error: Exception) -> Response:
+    """Answer an error."""
+    return JSONResponse({"sorry": type(error).__name__}, 503, {"retry-after": "60"})
+
+
+async def sorry_later(request: Request, error: Exception) -> Response:
+    """Answer an error, from a coroutine, with a stream."""
+    answer = sorry(request, error)
+
+    async def body() -> Any:
+        yield answer.body
+
+    return StreamingResponse(body(), answer.status_code, {"retry-after": "60"})
+
+
+@pytest.mark.parametrize("on_error", [sorry, sorry_later])
+@pytest.mark.parametrize("app", [plain, stubborn, replacing, framework, fast_framework])
+async def test_an_answer_in_place_of_ours(site: Site, app: Callable[[Do, list[str]], ASGIApp], on_error: Any) -> None:
+    """With on_error an application answers a commit that failed in its own words, and the cookie is left alone: none of
+    its exception handlers is told of that (R76, R78).
+    """
+    site = Site(site.backend, on_error=on_error)
+    browser = await site.filled(cart=[1])
+    before = dict(browser.cookies)
+    site.app.app = app(write, [])
+    site.backend.failing["replace"] = BackendUnavailable(SECRETS)
+    answer = await browser.visit()
+    assert (answer.status, answer.json()) == (503, {"sorry": "BackendUnavailable"})
+    assert answer.header("retry-after") == "60"
+    assert browser.cookies == before
+
+
+@pytest.mark.parametrize("on_error", [sorry, sorry_later])
+async def test_an_answer_to_a_session_that_could_not_be_loaded(site: Site, on_error: Any) -> None:
+    """So it does where loading failed and the application has no handler for that."""
+    site = Site(site.backend, on_error=on_error)
+    browser = await site.filled(cart=[1])
+    site.backend.failing["load"] = BackendUnavailable(SECRETS)
+    for do in (read, Session.clear):
+        assert (await browser.do(do)).json() == {"sorry": "BackendUnavailable"}
+    assert len(browser.cookies) == 1
+
+
+async def test_an_answer_to_a_session_that_is_gone(site: Site) -> None:
+    """on_error is asked what to say to a session that ended meanwhile, too."""
+    site = Site(site.backend, on_gone="raise", on_error=sorry)
+    browser = await site.filled(cart=[1])
+
+    async def end_and_write(session: Session) -> None:
+        assert session.id
+        await site.backend.delete(session.id)
+        session["late"] = True
+
+    assert (await browser.do(end_and_write)).json() == {"sorry": "SessionGone"}
+
+
+async def test_errors_of_the_applications_own_are_not_answered(site: Site) -> None:
+    """on_error is asked about our errors only: an application's own go their way."""
+    site = Site(site.backend, on_error=sorry)
+
+    def fail(_: Session) -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await site.browser().do(fail)
+
+
+async def test_an_answer_that_fails(site: Site) -> None:
+    """An error of on_error's own is one like any other of the application's: raised to the server."""
+
+    def fail(_: Request, __: Exception) -> Response:
+        raise LookupError
+
+    site = Site(site.backend, on_error=fail)
+    site.backend.failing["insert"] = BackendUnavailable()
+    with pytest.raises(LookupError):
+        await site.browser().do(write)
+
+
 async def test_the_answer_is_ours_without_any_framework() -> None:
     """The 503 is valid ASGI for the barest of applications: a start and a body (R57)."""
     backend = Staged(InMemoryBackend())

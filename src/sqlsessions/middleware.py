@@ -3,17 +3,19 @@ runs.
 """
 
 import asyncio
+import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Literal
 
 from starlette.datastructures import Headers, Secret
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
@@ -43,6 +45,9 @@ _BEGINNINGS = frozenset({"http.response.start", "websocket.accept", "websocket.c
 _ANSWERED = (BackendError, SessionConflict, SessionGone)
 _RETRY_AFTER = b"2"
 
+#: Makes the answer to an error of these, as an exception handler of Starlette's does.
+ErrorHandler = Callable[[Request, BackendError | SessionConflict | SessionGone], Response | Awaitable[Response]]
+
 
 class SessionMiddleware:
     """Gives every request and WebSocket a ``session`` that is kept in *backend* and committed before the response
@@ -59,7 +64,8 @@ class SessionMiddleware:
     *max_sessions_per_user*: a login ends the user's sessions beyond so many, those unused for longest. *skip*: paths
     that never load a session. *on_gone*: what becomes of a change to a session that ended while the request ran:
     ``"drop"`` it with an event, or ``"raise"`` it as a 409. *on_unavailable*: ``"raise"`` answers 503 on the first use
-    of a session that could not be loaded, ``"anonymous"`` shows an empty one that cannot be written. *on_event*: called
+    of a session that could not be loaded, ``"anonymous"`` shows an empty one that cannot be written. *on_error*: makes the
+    response to an HTTP request in place of that plain 503 or 409, from the request and the error. *on_event*: called
     with each `Event`. *purge_interval*: how often expired sessions are deleted, or None. *record_client*: keep address
     and user agent.
     """
@@ -88,6 +94,7 @@ class SessionMiddleware:
         skip: Iterable[PathRule] = (),
         on_gone: Literal["drop", "raise"] = "drop",
         on_unavailable: OnUnavailable = "raise",
+        on_error: ErrorHandler | None = None,
         on_event: EventHook | None = None,
         purge_interval: timedelta | None = timedelta(minutes=5),
         record_client: bool = False,
@@ -121,6 +128,7 @@ class SessionMiddleware:
         self._autoload = autoload_cookie
         self._skip = _Paths(skip)
         self._on_gone = on_gone
+        self._on_error = on_error
         self._record_client = record_client
         self._purger = _Purger(self._manager, purge_interval)
         self._warned_of_http = False
@@ -151,7 +159,9 @@ class SessionMiddleware:
             scope = dict(scope)
         scope["session"] = session
         scope[_VISITS] = {**scope.get(_VISITS, {}), self._cookie.name: visit}
-        exchange = _Exchange(visit, scope, send, on_gone=self._on_gone, headers=self._headers)
+        exchange = _Exchange(
+            visit, scope, receive, send, on_gone=self._on_gone, on_error=self._on_error, headers=self._headers
+        )
         try:
             await self.app(scope, receive, exchange.send)
         except WebSocketDisconnect:  # how Starlette tells a handler that the client has closed: no failure
@@ -226,15 +236,19 @@ class _Exchange:
         self,
         visit: Visit,
         scope: Scope,
+        receive: Receive,
         send: Send,
         *,
         on_gone: Literal["drop", "raise"],
+        on_error: ErrorHandler | None,
         headers: Callable[[Scope, CookieChange], bytes],
     ) -> None:
         self._visit = visit
         self._scope = scope
+        self._receive = receive
         self._send = send
         self._on_gone = on_gone
+        self._on_error = on_error
         self._headers = headers
         self._begun = False
         self._closed = False
@@ -326,6 +340,12 @@ class _Exchange:
             if kind not in (self._scope.get("extensions") or {}):
                 await self._send(_closing(failure))
                 return
+        elif self._on_error is not None:
+            response = self._on_error(Request(self._scope, self._receive), failure)
+            if inspect.isawaitable(response):
+                response = await response
+            await response(self._scope, self._receive, self._send)
+            return
         gone = isinstance(failure, SessionGone)
         body = b"Conflict: the session has ended" if gone else b"Service Unavailable"
         headers = [
