@@ -721,7 +721,7 @@ def test_events() -> None:
 def test_guarantees() -> None:
     """Every guarantee links to tests that cite each of the requirements it names."""
     for guarantee, source, tests in table("Guarantees"):
-        links = re.findall(r"\]\((tests/(?:fuzz/)?test_\w+\.py|src/sqlsessions/testing\.py)\)", tests)
+        links = re.findall(r"\]\((tests/(?:fuzz/|faults/)?test_\w+\.py|src/sqlsessions/testing\.py)\)", tests)
         cited = " ".join((ROOT / link).read_text() for link in links)
         missing = [number for number in re.findall(r"\bR[0-9]+\b", source) if not re.search(rf"\b{number}\b", cited)]
         assert (guarantee, missing) == (guarantee, [])

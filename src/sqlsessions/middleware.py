@@ -64,10 +64,10 @@ class SessionMiddleware:
     *max_sessions_per_user*: a login ends the user's sessions beyond so many, those unused for longest. *skip*: paths
     that never load a session. *on_gone*: what becomes of a change to a session that ended while the request ran:
     ``"drop"`` it with an event, or ``"raise"`` it as a 409. *on_unavailable*: ``"raise"`` answers 503 on the first use
-    of a session that could not be loaded, ``"anonymous"`` shows an empty one that cannot be written. *on_error*: makes the
-    response to an HTTP request in place of that plain 503 or 409, from the request and the error. *on_event*: called
-    with each `Event`. *purge_interval*: how often expired sessions are deleted, or None. *record_client*: keep address
-    and user agent.
+    of a session that could not be loaded, ``"anonymous"`` shows an empty one that cannot be written. *on_error*: makes
+    the response to an HTTP request in place of that plain 503 or 409, from the request and the error. *on_event*:
+    called with each `Event`. *purge_interval*: how often expired sessions are deleted, or None. *record_client*: keep
+    address and user agent.
     """
 
     def __init__(

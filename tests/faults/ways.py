@@ -32,7 +32,7 @@ class Way:
     #: The arguments of `SQLAlchemyBackend` that make it do so.
     options: dict[str, Any] = field(default_factory=dict)
     #: The most connections that one process may have then.
-    connections: int = 5
+    connections: int = 2
 
     def backend(self, engine: str | sa.URL | AsyncEngine, deadline: timedelta = DEADLINE) -> SQLAlchemyBackend:
         """Return a backend that works in this way."""
@@ -43,4 +43,4 @@ class Way:
         return Worker(folder, url, deadline=deadline, options=self.options)
 
 
-WAYS = {"single": Way()}
+WAYS = {"batched": Way(), "single": Way({"batch": False})}

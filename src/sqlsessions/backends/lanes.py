@@ -92,25 +92,34 @@ class _Flight(Generic[W, R]):
 
 
 class Lane(Generic[W, R]):
-    """Takes work to its *sender*, one load after the other, on one connection as long as that is prompt.
+    """Takes work to its *sender*, no more than *flights* loads of *max_load* at a time, of those that are prompt.
 
     The work belongs to the lane: cancelling who waits for it cancels nothing. No load has the same session twice,
     unless the lane is *shared*, as that of readers is.
     """
 
     def __init__(
-        self, supervisor: Supervisor, sender: Sender[W, R], *, max_load: int = MAX_LOAD, shared: bool = False
+        self,
+        supervisor: Supervisor,
+        sender: Sender[W, R],
+        *,
+        max_load: int = MAX_LOAD,
+        flights: int = 1,
+        shared: bool = False,
     ) -> None:
         self._supervisor = supervisor
         self._sender = sender
         self._max_load = max_load
+        self._flights = flights
         self._shared = shared
         self._waiting: deque[_Waiter[W, R]] = deque()
         #: All whose outcome is not known, in the order they came, which is that of their deadlines.
         self._open: deque[_Waiter[W, R]] = deque()
-        #: Whether a load is on its way that is not slow; how many are slow.
-        self._busy = False
+        #: How many loads are on their way that are not slow; how many are.
+        self._prompt = 0
         self._slow = 0
+        #: Whether the latest that landed had met a lock, or was slow. Then nothing more is sent that waits for one.
+        self._wary = False
 
     async def put(self, work: W) -> R:
         """Return the outcome of *work*; raise `BackendTimeout` when the deadline passes first."""
@@ -123,11 +132,13 @@ class Lane(Generic[W, R]):
 
     def _add(self, waiter: _Waiter[W, R]) -> None:
         self._waiting.append(waiter)
-        if not self._busy:
-            self._depart()
+        self._depart()
 
     def _depart(self) -> None:
-        self._busy = True
+        """Send what waits, unless as much as may be is on its way."""
+        if not self._waiting or self._prompt >= self._flights:
+            return
+        self._prompt += 1
         flight: _Flight[W, R] = _Flight()
         lease = self._supervisor.begin(partial(self._fly, flight), overdue=partial(self._overdue, flight))
         lease.task.add_done_callback(partial(self._landed, flight))
@@ -138,7 +149,7 @@ class Lane(Generic[W, R]):
         if len(flight.load) > 1:
             await self._together(lease, flight.load)
         elif flight.load:
-            await self._alone(flight.load[0], lease, waits=not self._slow)
+            await self._alone(flight.load[0], lease, waits=not (self._slow or self._wary))
 
     def _take(self) -> list[_Waiter[W, R]]:
         """Return the next load: what waits, in its order, as far as it goes together."""
@@ -174,7 +185,7 @@ class Lane(Generic[W, R]):
         try:
             outcome = await self._sender.alone(lease, waiter.work, waits=waits and not waiter.met_lock, lost=lost)
         except Held:
-            waiter.met_lock = True
+            waiter.met_lock = self._wary = True
             asyncio.get_running_loop().call_later(PAUSE, self._retry, waiter)
         except Exception as error:  # noqa: BLE001 - its waiter's
             self._settle(waiter, error)
@@ -198,10 +209,10 @@ class Lane(Generic[W, R]):
         self._expire()
         if flight.slow or flight.since is None or now - flight.since < PATIENCE:
             return
-        flight.slow, self._busy = True, False
+        flight.slow = self._wary = True
         self._slow += 1
-        if self._waiting:
-            self._depart()
+        self._prompt -= 1
+        self._depart()
 
     def _landed(self, flight: _Flight[W, R], task: asyncio.Task[None]) -> None:
         error = BackendUnavailable("the event loop is closing") if task.cancelled() else task.exception()
@@ -213,9 +224,9 @@ class Lane(Generic[W, R]):
         if flight.slow:
             self._slow -= 1
         else:
-            self._busy = False
-        if self._waiting and not self._busy:
-            self._depart()
+            self._prompt -= 1
+            self._wary = self._wary and any(waiter.met_lock for waiter in flight.load)
+        self._depart()
 
     def _settle(self, waiter: _Waiter[W, R], outcome: R | BaseException) -> None:
         if waiter.over:
@@ -235,4 +246,5 @@ class Lane(Generic[W, R]):
         while self._open and (self._open[0].over or self._open[0].due <= now):
             waiter = self._open.popleft()
             if not waiter.over:
-                self._settle(waiter, self._supervisor.late())
+                # A lock on a row is nobody's outage: it does not count.
+                self._settle(waiter, self._supervisor.late(counted=not waiter.met_lock))

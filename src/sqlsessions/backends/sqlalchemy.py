@@ -6,7 +6,6 @@ import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from operator import attrgetter
 from typing import Any, TypeVar
 from uuid import UUID
@@ -29,7 +28,7 @@ from sqlsessions.backends.connections import (
     silence,
 )
 from sqlsessions.backends.hosts import connector
-from sqlsessions.backends.lanes import Apart, Held, Lane, Sender, Work
+from sqlsessions.backends.lanes import Apart, Held, Lane
 from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import (
     BackendError,
@@ -45,7 +44,6 @@ from sqlsessions.record import Expected, Record, utc_now
 from sqlsessions.schema import DEFAULT_TABLE, Statements, Write, async_url, sessions_table
 
 T = TypeVar("T")
-W = TypeVar("W", bound=Work)
 
 UNIQUE_VIOLATION = "23505"
 #: Serialization failure and deadlock: nothing has been done, and another try may succeed.
@@ -252,13 +250,10 @@ class _Room:
         self.process = _Process.current
         self.connections = connections
         self.supervisor = supervisor
-        reader, writer = _Reader(connections, statements), _Writer(connections, statements)
-        if batch:
-            self.read = Lane(supervisor, reader, shared=True).put
-            self.write = Lane(supervisor, writer).put
-        else:
-            self.read = partial(_by_itself, supervisor, reader)
-            self.write = partial(_by_itself, supervisor, writer)
+        # Without batches, each piece of work is a load, and there are as many at a time as there are connections.
+        loads = {} if batch else {"max_load": 1, "flights": supervisor.slots}
+        self.read = Lane(supervisor, _Reader(connections, statements), shared=True, **loads).put
+        self.write = Lane(supervisor, _Writer(connections, statements), **loads).put
         self._life = self._until_closed()
 
     async def open(self) -> None:
@@ -279,10 +274,6 @@ class _Room:
                 await self.supervisor.drain()
             finally:
                 await asyncio.wait({asyncio.ensure_future(self.connections.aclose())}, timeout=1)
-
-
-async def _by_itself(supervisor: Supervisor, sender: Sender[W, T], work: W) -> T:
-    return await supervisor.run(lambda lease: sender.alone(lease, work, waits=True, lost=False))
 
 
 @dataclass(slots=True)
