@@ -58,10 +58,13 @@ class Fault(Exception):
         self.name = type(error).__name__
         self.state: str = getattr(error, "sqlstate", None) or ""
         self.said = "" if self.state else str(error)
+        #: What the connection leads to accepts no writes: a standby, or an SQLite file, perhaps one that another has
+        #: taken the place of.
+        self.refuses = self.state == READ_ONLY or "readonly database" in self.said
         #: The connection is of no more use.
-        self.gone = gone
-        #: Whether the statement took effect is unknown. A standby's refusal is an answer.
-        self.lost = gone and self.state != READ_ONLY
+        self.gone = gone or self.refuses
+        #: Whether the statement took effect is unknown. A refusal is an answer.
+        self.lost = gone and not self.refuses
         #: The driver could not send the statement, because of a value in it.
         self.unsayable = not self.state and self.name == "DataError"
         self.constraint = self.state.startswith("23") or isinstance(error, sqlite3.IntegrityError)

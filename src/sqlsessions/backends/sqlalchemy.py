@@ -28,7 +28,7 @@ from sqlsessions.backends.connections import (
     silence,
 )
 from sqlsessions.backends.hosts import connector
-from sqlsessions.backends.lanes import Apart, Held, Lane
+from sqlsessions.backends.lanes import MAX_LOAD, Apart, Held, Lane
 from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import (
     BackendError,
@@ -50,6 +50,9 @@ UNIQUE_VIOLATION = "23505"
 _SERIALIZATION = frozenset({"40001", "40P01"})
 #: The longest wait before each further try, in seconds.
 _PAUSES = (0.02, 0.04, 0.08)
+
+#: Tells by the version and hash that are stored, or None, whether a write was done; None for "not yet".
+Done = Callable[[Any], bool | None]
 
 _FIELDS = attrgetter(*Record.__slots__)
 
@@ -104,14 +107,14 @@ class SQLAlchemyBackend(Revocation):
 
     async def insert(self, record: Record) -> None:
         """Store a new record: one INSERT. Raise `DuplicateId` rather than overwrite."""
-        await self._write(self._statements.insert, record.id, _values(record), _stored(record))
+        await self._write(self._statements.insert, record.id, _values(record), _inserted(record))
 
     async def replace(self, record: Record, expected: Expected) -> bool:
         """Store *record* if the row still matches *expected*: one UPDATE."""
         values = _values(record)
         del values["id"]
         values.update(_unchanged(record.id, expected))
-        return await self._write(self._statements.replace, record.id, values, _stored(record))
+        return await self._write(self._statements.replace, record.id, values, _replaced(record, expected))
 
     async def touch(self, id: UUID, secret_hash: bytes, *, now: datetime, expires_at: datetime) -> bool:  # noqa: A002
         """Move ``last_seen_at`` and, forward only, ``expires_at``: one UPDATE that leaves data and version alone."""
@@ -122,7 +125,7 @@ class SQLAlchemyBackend(Revocation):
         """Delete the row, or only if it still matches *expected*: one DELETE."""
         if expected is None:
             return await self._write(self._statements.delete, id, {"the_id": id})
-        return await self._write(self._statements.delete_unchanged, id, _unchanged(id, expected), _absent)
+        return await self._write(self._statements.delete_unchanged, id, _unchanged(id, expected), _deleted(expected))
 
     async def purge(self, before: datetime, limit: int) -> int:
         """Delete one batch of expired rows, found by the expiry index and checked again by the DELETE."""
@@ -194,7 +197,7 @@ class SQLAlchemyBackend(Revocation):
         write: Write,
         id: UUID,  # noqa: A002
         parameters: dict[str, Any],
-        done: Callable[[Any], bool] | None = None,
+        done: Done | None = None,
     ) -> bool:
         return await (self._at_hand() or await self._opened()).write(_Change(id, parameters, write, done))
 
@@ -251,9 +254,10 @@ class _Room:
         self.connections = connections
         self.supervisor = supervisor
         # Without batches, each piece of work is a load, and there are as many at a time as there are connections.
-        loads = {} if batch else {"max_load": 1, "flights": supervisor.slots}
-        self.read = Lane(supervisor, _Reader(connections, statements), shared=True, **loads).put
-        self.write = Lane(supervisor, _Writer(connections, statements), **loads).put
+        load, flights = (MAX_LOAD, 1) if batch else (1, supervisor.slots)
+        reader, writer = _Reader(connections, statements), _Writer(connections, statements)
+        self.read = Lane(supervisor, reader, max_load=load, flights=flights, shared=True).put
+        self.write = Lane(supervisor, writer, max_load=load, flights=flights).put
         self._life = self._until_closed()
 
     async def open(self) -> None:
@@ -288,9 +292,9 @@ class _Change:
     id: UUID
     parameters: dict[str, Any]
     write: Write
-    #: Tells by what is stored, `Statements.reread`, whether this write has been done; None if it may as well be done
-    #: twice.
-    done: Callable[[Any], bool] | None
+    #: Tells by the row, as `Statements.reread` has it, whether this write was done; None for one that may as well be
+    #: done twice.
+    done: Done | None
 
     @property
     def size(self) -> int:
@@ -360,15 +364,16 @@ class _Writer:
                 if not fault.lost or turn.abandoned:
                     raise
         # It may have taken effect, or may still do so: only the row can tell.
-        if await self._done(turn, work):
-            return True
+        done = await self._done(turn, work)
+        if done is not None:
+            return done
         try:
             changed = await self._try(turn, work, waits=waits)
         except Fault as fault:  # of an INSERT whose first try has taken effect meanwhile
             if not fault.constraint or not await self._done(turn, work):
                 raise
             return True
-        return changed or await self._done(turn, work)
+        return changed or bool(await self._done(turn, work))
 
     async def _try(self, turn: "_Turn", work: _Change, *, waits: bool) -> bool:
         if waits or not self._locks:
@@ -383,9 +388,10 @@ class _Writer:
         # Either way it may be tried again; the next time, perhaps, without a lock.
         raise Held
 
-    async def _done(self, turn: "_Turn", work: _Change) -> bool:
+    async def _done(self, turn: "_Turn", work: _Change) -> bool | None:
+        """Tell whether *work* was done; None if not yet: sent twice it still takes effect once."""
         if work.done is None:
-            return False
+            return None
         rows = await turn.rows(self._statements.reread, {"the_id": work.id})
         return work.done(rows[0] if rows else None)
 
@@ -490,13 +496,28 @@ def _values(record: Record) -> dict[str, Any]:
     return dict(zip(Record.__slots__, _FIELDS(record), strict=True))
 
 
-def _stored(record: Record) -> Callable[[Any], bool]:
-    """Return what tells by the stored version and hash whether *record* is what is stored."""
-    return lambda row: row is not None and tuple(row) == (record.version, record.secret_hash)
+def _inserted(record: Record) -> Done:
+    """Return what tells whether the row is *record*; if it is somebody else's, inserting it again will say so."""
+    return lambda row: True if row is not None and tuple(row) == (record.version, record.secret_hash) else None
 
 
-def _absent(row: Any) -> bool:
-    return row is None
+def _replaced(record: Record, expected: Expected) -> Done:
+    """Return what tells whether *record* has replaced what was *expected*. Versions only grow."""
+
+    def done(row: Any) -> bool | None:
+        if row is None or row.version > record.version:
+            # Gone, or written over, perhaps on top of ours. Said to have missed, ours would be made a second time.
+            raise BackendUnavailable("the connection broke, and whether the record was written cannot be known")
+        if row.version == record.version:
+            return bool(row.secret_hash == record.secret_hash)
+        return None if row.version == expected.version else False
+
+    return done
+
+
+def _deleted(expected: Expected) -> Done:
+    """Return what tells whether the row that was *expected* is gone."""
+    return lambda row: True if row is None else None if row.version == expected.version else False
 
 
 async def _connected(taking: Awaitable[Connection]) -> Connection:
