@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import os
 import signal
 import threading
@@ -10,11 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from anyio.lowlevel import checkpoint
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
 from sqlsessions.errors import BackendTimeout, BackendUnavailable, DuplicateId
@@ -270,8 +273,44 @@ async def test_lost_answer_to_missed_replace(postgres_sessions_url: str) -> None
         changed = following(record)
         await backend.replace(changed, expecting(record))
         proxy.answers_to_lose = 1
-        assert await backend.replace(following(record), expecting(record)) is False
+        # Versions only grow: a later one than what is there has not been there.
+        assert await backend.replace(following(changed), expecting(record)) is False
         assert await backend.load(record.id, START) == changed
+
+
+async def test_lost_answer_with_a_write_on_top(postgres_sessions_url: str) -> None:
+    """A replace whose answer was lost, and on top of which somebody else has written before it could ask, is not said
+    to have missed: it would be made a second time.
+    """
+    record = make_record()
+    mine = following(record, data='{"mine":1}')
+    theirs = following(mine, data='{"mine":1,"theirs":1}')
+    async with (
+        proxied(postgres_sessions_url) as (proxy, url),
+        closing(SQLAlchemyBackend(postgres_sessions_url)) as other,
+        meanwhile(url, lambda: other.replace(theirs, expecting(mine))) as engine,
+        closing(SQLAlchemyBackend(engine, pool_size=1)) as backend,
+    ):
+        await backend.insert(record)
+        proxy.answers_to_lose = 1
+        with pytest.raises(BackendUnavailable):
+            await backend.replace(mine, expecting(record))
+        assert await backend.load(record.id, START) == theirs
+
+
+@asynccontextmanager
+async def meanwhile(url: sa.URL, act: Callable[[], Awaitable[object]]) -> AsyncIterator[AsyncEngine]:
+    """Give an engine that lets somebody act while it makes its second connection, in place of a broken one."""
+    engine = create_async_engine(url)
+    connections = itertools.count(1)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def connected(connection: Any, _: object) -> None:
+        if next(connections) == 2:
+            connection.run_async(lambda _: act())
+
+    yield engine
+    await engine.dispose()
 
 
 async def test_lost_answer_to_insert(postgres_sessions_url: str) -> None:

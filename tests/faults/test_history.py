@@ -5,7 +5,8 @@ import itertools
 import os
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -20,8 +21,11 @@ from sqlsessions.errors import BackendError
 from sqlsessions.payload import decode
 from sqlsessions.record import utc_now
 from tests.asgi import KEY, serve
+from tests.catalogue import create_from_metadata
 from tests.faults.history import COUNTER, NO_CREDENTIAL, Operation, Verb, anomalies
 from tests.looking import closing, sql
+from tests.proxy import proxied
+from tests.servers import PostgresServer
 from tests.staging import Browser, Do
 
 pytestmark = pytest.mark.anyio
@@ -172,8 +176,8 @@ class World:
 
     processes: list[SQLAlchemyBackend]
     random: random.Random
-    #: What can go wrong: returns when it has, and may go wrong again.
-    faults: list[Callable[[], Awaitable[object]]] = field(default_factory=list)
+    #: What goes wrong next: returns when it has.
+    faults: Iterator[Callable[[], Awaitable[object]]] = field(default_factory=lambda: iter(()))
     history: list[Operation] = field(default_factory=list)
     #: One for each session that has not been ended.
     keys: list[Key] = field(default_factory=list)
@@ -207,7 +211,8 @@ class World:
                 await verb()
             if self.random.random() < 1 / CALM and not self._failing.locked():
                 async with self._failing:
-                    await self.random.choice(self.faults)()
+                    await next(self.faults)()
+                    self.ends["fault"] += 1
 
     async def create(self) -> None:
         """Log in."""
@@ -361,7 +366,9 @@ async def check(
     async with AsyncExitStack() as stack:
         processes = [await stack.enter_async_context(closing(make_backend(route))) for route in routes]
         world = World(processes, random.Random(SEED))  # noqa: S311 - to be the same again
-        world.faults = faults(world)
+        kinds = faults(world)
+        world.random.shuffle(kinds)
+        world.faults = itertools.cycle(kinds)
         await asyncio.gather(*(world.client() for _ in range(CLIENTS)))
         for app in world.apps:
             await app._manager.drain()
@@ -374,10 +381,68 @@ async def check(
     assert set(acknowledged) == {"create", "read", "write", "add", "renew", "revoke", "list"}, again
 
 
-async def test_a_history_on_sqlite(sqlite_sessions_url: str) -> None:
-    """Somebody locks the file, processes close and begin again, clients leave: whatever was acknowledged is so, nothing
-    that has ended comes back, and each increment counts once (R29, R52, R53, R62).
+class Cluster:
+    """A PostgreSQL that can be restarted below a running event loop, and keeps what it has acknowledged."""
+
+    def __init__(self) -> None:
+        # Started, restarted and stopped in one thread, which lives as long.
+        self._thread = ThreadPoolExecutor(1)
+        self.server = PostgresServer({"synchronous_commit": "on"})
+        self._thread.submit(self.server.__enter__).result()
+
+    async def restart(self) -> None:
+        """Crash it, and start it again."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._restart)
+
+    def _restart(self) -> None:
+        self.server.stop("immediate")
+        self.server.start()
+
+    def end(self) -> None:
+        """Stop it for good."""
+        self._thread.submit(self.server.__exit__, None, None, None).result()
+        self._thread.shutdown()
+
+
+@pytest.fixture
+def cluster(postgres: PostgresServer) -> Iterator[Cluster]:
+    """A PostgreSQL of its own; skipped where there is none."""
+    cluster = Cluster()
+    yield cluster
+    cluster.end()
+
+
+async def test_a_history_on_postgresql(cluster: Cluster) -> None:
+    """Connections are ended, cut, or lose answers, the server crashes, clients leave: whatever was acknowledged is so,
+    nothing that has ended comes back, and each increment counts once (R29, R52, R53, R74).
     """
+    url = cluster.server.create_database("history")
+    await create_from_metadata(url, "web_sessions")
+
+    async def terminate() -> None:
+        await sql(
+            url,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+            " AND datname = current_database()",
+        )
+
+    async with AsyncExitStack() as stack:
+        routes = [await stack.enter_async_context(proxied(url)) for _ in range(PROCESSES)]
+
+        def faults(world: World) -> list[Callable[[], Awaitable[object]]]:
+            async def cut() -> None:
+                world.random.choice(routes)[0].cut()
+
+            async def lose() -> None:
+                world.random.choice(routes)[0].answers_to_lose += 1
+
+            return [*[terminate, cut, lose] * 6, cluster.restart]
+
+        await check(url, [route for _, route in routes], faults)
+
+
+async def test_a_history_on_sqlite(sqlite_sessions_url: str) -> None:
+    """The same on a file that somebody else locks, by processes that close and begin again (R29, R52, R53, R62)."""
 
     def faults(world: World) -> list[Callable[[], Awaitable[object]]]:
         async def lock() -> None:

@@ -1,12 +1,13 @@
 """An SQLite file that is full, read-only, gone, locked by another process, or written to by many."""
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sqlalchemy import event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sqlsessions import Session, SQLAlchemyBackend
-from sqlsessions.errors import BackendError, BackendTimeout, BackendUnavailable
+from sqlsessions.errors import BackendError, BackendReadOnly, BackendTimeout, BackendUnavailable
 from sqlsessions.payload import decode
 from sqlsessions.purge import purge
 from sqlsessions.record import utc_now
@@ -309,6 +310,27 @@ async def test_fifty_writers_in_five_processes(tmp_path: Path, sqlite_sessions_u
         assert await browser.data() == {"n": 50} | {f"key{number}": number for number in range(50)}
         users = [record.user_id for record in await site.records() if record.user_id]
         assert sorted(users, key=int) == [str(number) for number in range(0, 50, 2)]
+
+
+async def test_a_file_that_is_replaced(sqlite_sessions_url: str) -> None:
+    """A file that another has taken the place of, as a restored backup does, is given up with the first write (R81)."""
+    record = make_record()
+    async with closing(make_backend(sqlite_sessions_url)) as backend:
+        await backend.insert(record)
+        await asyncio.gather(*(backend.ping() for _ in range(9)))
+        restore(sqlite_sessions_url)
+        for _ in range(9):
+            with suppress(BackendReadOnly):
+                await backend.insert(make_record())
+        assert len(await sql(sqlite_sessions_url, "SELECT 1 FROM web_sessions")) > 2
+        assert await backend.delete(record.id)
+        await everything(backend)
+
+
+def restore(url: str) -> None:
+    """Put a copy in the place of the file."""
+    backup = shutil.copy(file_of(url), file_of(url).with_suffix(".backup"))
+    Path(backup).rename(file_of(url))
 
 
 async def test_a_file_that_is_deleted(sqlite_sessions_url: str) -> None:
