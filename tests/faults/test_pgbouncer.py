@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+import sqlalchemy as sa
 from anyio.lowlevel import checkpoint
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sqlsessions.session import Session
 from tests.faults.ways import Way
@@ -27,6 +28,8 @@ class Scene:
     bouncer: PgBouncer
     server: PostgresServer
     url: str
+    #: The application's, which the backend takes its settings from.
+    engine: AsyncEngine
 
 
 @pytest.fixture
@@ -50,8 +53,9 @@ async def scene(
         },
     )
     site = Site(Staged(way.backend(engine)))
-    yield Scene(site, bouncer, victim, victim_url)
+    yield Scene(site, bouncer, victim, victim_url, engine)
     await site.backend.aclose()
+    await engine.dispose()
 
 
 def count(session: Session) -> None:
@@ -73,10 +77,16 @@ async def served(browsers: list[Browser]) -> None:
 
 
 async def test_every_transaction_meets_another_connection(scene: Scene) -> None:
-    """Many visitors share two connections of PgBouncer's, and each keeps what is theirs (R117)."""
+    """Many visitors share two connections of PgBouncer's, and each keeps what is theirs (R117).
+
+    PgBouncer gives the connection away that was used last, so a transaction of somebody else's has ours.
+    """
     browsers = [await scene.site.filled(n=0) for _ in range(5 * VISITORS)]
     for _ in range(3):
         await served(browsers)
+        async with scene.engine.connect() as connection:
+            await connection.execute(sa.text("SELECT 1"))
+            await served(browsers)
     assert len(await pids(scene.url)) == 2
 
 

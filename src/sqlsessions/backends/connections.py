@@ -139,9 +139,8 @@ class Plain:
         return [_told(write, count == 1) for (write, _), count in zip(several, counts, strict=True)]
 
     async def _decoded(self, statement: sa.Executable, parameters: Parameters) -> Sequence[Any]:
-        result = await self._connection.execute(statement, parameters)
         try:
-            return result.all()
+            return (await self._connection.execute(statement, parameters)).all()
         except (ValueError, TypeError, OverflowError):
             raise _unreadable() from None
 

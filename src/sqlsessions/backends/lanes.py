@@ -68,12 +68,13 @@ class Sender(Protocol[W_contra, R_co]):
 
 
 class _Waiter(Generic[W, R]):
-    __slots__ = ("due", "future", "met_lock", "over", "work")
+    __slots__ = ("due", "future", "met_lock", "over", "sent", "work")
 
     def __init__(self, work: W, future: "asyncio.Future[R]", due: float) -> None:
         self.work = work
         self.future = future
         self.due = due
+        self.sent = False
         self.met_lock = False
         #: The outcome is known, whether or not anybody waits for it.
         self.over = False
@@ -115,6 +116,8 @@ class Lane(Generic[W, R]):
         self._waiting: deque[_Waiter[W, R]] = deque()
         #: All whose outcome is not known, in the order they came, which is that of their deadlines.
         self._open: deque[_Waiter[W, R]] = deque()
+        #: The sessions of all loads on their way, each in one.
+        self._aloft: set[UUID] = set()
         #: How many loads are on their way that are not slow; how many are.
         self._prompt = 0
         self._slow = 0
@@ -136,7 +139,7 @@ class Lane(Generic[W, R]):
 
     def _depart(self) -> None:
         """Send what waits, unless as much as may be is on its way."""
-        if not self._waiting or self._prompt >= self._flights:
+        if self._prompt >= self._flights or not any(self._may_go(waiter) for waiter in self._waiting):
             return
         self._prompt += 1
         flight: _Flight[W, R] = _Flight()
@@ -146,29 +149,33 @@ class Lane(Generic[W, R]):
     async def _fly(self, flight: _Flight[W, R], lease: Lease) -> None:
         flight.since = lease.begun = asyncio.get_running_loop().time()
         flight.load = self._take()
+        lease.asks = bool(flight.load)
         if len(flight.load) > 1:
             await self._together(lease, flight.load)
         elif flight.load:
             await self._alone(flight.load[0], lease, waits=not (self._slow or self._wary))
 
+    def _may_go(self, waiter: _Waiter[W, R]) -> bool:
+        return self._shared or waiter.work.id not in self._aloft
+
     def _take(self) -> list[_Waiter[W, R]]:
         """Return the next load: what waits, in its order, as far as it goes together."""
         load: list[_Waiter[W, R]] = []
         left: list[_Waiter[W, R]] = []
-        taken: set[UUID] = set()
         room = MAX_SIZE
         while self._waiting and len(load) < self._max_load:
             waiter = self._waiting.popleft()
             if waiter.over:  # its deadline passed before it was sent
                 continue
-            if waiter.work.id in taken and not self._shared:
+            if not self._may_go(waiter):
                 left.append(waiter)
                 continue
             room -= waiter.work.size
             if load and room < 0:
                 left.append(waiter)
                 break
-            taken.add(waiter.work.id)
+            self._aloft.add(waiter.work.id)
+            waiter.sent = True
             load.append(waiter)
         self._waiting.extendleft(reversed(left))
         return load
@@ -221,6 +228,7 @@ class Lane(Generic[W, R]):
                 self._settle(waiter, error)
         while self._open and self._open[0].over:
             self._open.popleft()
+        self._aloft.difference_update(waiter.work.id for waiter in flight.load)
         if flight.slow:
             self._slow -= 1
         else:
@@ -246,5 +254,6 @@ class Lane(Generic[W, R]):
         while self._open and (self._open[0].over or self._open[0].due <= now):
             waiter = self._open.popleft()
             if not waiter.over:
-                # A lock on a row is nobody's outage: it does not count.
-                self._settle(waiter, self._supervisor.late(counted=not waiter.met_lock))
+                # What waits for one row, which may be locked, says nothing about the database.
+                for_one_row = waiter.met_lock or not (waiter.sent or self._may_go(waiter))
+                self._settle(waiter, self._supervisor.late(counted=not for_one_row))

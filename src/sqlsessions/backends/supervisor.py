@@ -22,7 +22,7 @@ _LOOK = 0.05
 class Lease:
     """Held by a running operation; says how to end it from outside once it has a connection."""
 
-    __slots__ = ("abandoned", "begun", "give_up", "overdue", "task", "terminate")
+    __slots__ = ("abandoned", "asks", "begun", "give_up", "overdue", "task", "terminate")
 
     task: asyncio.Task[Any]
 
@@ -34,6 +34,8 @@ class Lease:
     ) -> None:
         #: Whether the deadline has passed: nobody waits any more, and what fails now is not to be tried again.
         self.abandoned = False
+        #: Whether the database is asked for anything, so that its end is an answer.
+        self.asks = True
         #: Cuts the connection without waiting for the server. None while there is none: then the operation is
         #: cancelled instead.
         self.terminate: Callable[[], object] | None = None
@@ -168,7 +170,7 @@ class Supervisor:
             try:
                 return await operation(lease)
             finally:
-                if not lease.abandoned:
+                if lease.asks and not lease.abandoned:
                     self._breaker.answered()
 
     def _ended(self, lease: Lease) -> None:
