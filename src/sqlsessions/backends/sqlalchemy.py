@@ -322,7 +322,7 @@ class _Reader:
         turn = _Turn(self._connections, lease)
         try:
             found = await turn.again(lambda connection: connection.way.records_of_each(several))
-        except (Fault, StatementError):
+        except (Fault, StatementError, OverflowError):
             return [Apart()] * len(load)
         return [
             None if isinstance(each, Record) and each.expires_at <= work.parameters["now"] else each
@@ -352,7 +352,7 @@ class _Writer:
         except Fault as fault:
             self._locks = self._locks and fault.state != NOT_SUPPORTED
             return [Apart(lost=fault.lost)] * len(load)
-        except StatementError:
+        except (StatementError, OverflowError):
             return [Apart()] * len(load)
         return [_typed(outcome) if isinstance(outcome, Fault) else outcome for outcome in outcomes]
 
