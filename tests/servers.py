@@ -269,8 +269,9 @@ class Standby(PostgresServer):
 class PgBouncer(Server):
     """A PgBouncer in front of a PostgreSQL server; each transaction may meet another of its connections."""
 
-    # SIGINT and SIGTERM mean different things before and after version 1.23; SIGQUIT ends either at once.
-    signals: ClassVar = {"fast": signal.SIGQUIT, "immediate": signal.SIGQUIT, "kill": signal.SIGKILL}
+    # SIGINT and SIGTERM mean different things before and after version 1.23, and SIGQUIT is ignored by what a shell runs
+    # in the background.
+    signals: ClassVar = {"fast": signal.SIGKILL, "immediate": signal.SIGKILL, "kill": signal.SIGKILL}
 
     def __init__(self, server: PostgresServer, settings: Mapping[str, str] | None = None) -> None:
         """Take further settings, as in pgbouncer.ini; raise Unavailable if there is no PgBouncer here."""
