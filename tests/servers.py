@@ -269,8 +269,8 @@ class Standby(PostgresServer):
 class PgBouncer(Server):
     """A PgBouncer in front of a PostgreSQL server; each transaction may meet another of its connections."""
 
-    # SIGINT and SIGTERM mean different things before and after version 1.23, and SIGQUIT is ignored by what a shell runs
-    # in the background.
+    # SIGINT and SIGTERM mean different things before and after version 1.23, and what a shell runs in the background
+    # ignores SIGQUIT.
     signals: ClassVar = {"fast": signal.SIGKILL, "immediate": signal.SIGKILL, "kill": signal.SIGKILL}
 
     def __init__(self, server: PostgresServer, settings: Mapping[str, str] | None = None) -> None:

@@ -20,9 +20,9 @@ from sqlalchemy.util import await_only
 
 from sqlsessions import Session, SessionGone, SQLAlchemyBackend, purge
 from sqlsessions.backends.memory import InMemoryBackend
-from sqlsessions.credentials import new_id, next_version
+from sqlsessions.credentials import new_id
 from sqlsessions.payload import decode
-from sqlsessions.record import Expected
+from sqlsessions.record import Expected, next_version
 from tests.asgi import Answer
 from tests.staging import Browser, Do, Gate, Site, Staged
 

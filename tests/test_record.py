@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sqlsessions.errors import ConfigurationError, InvalidData
-from sqlsessions.record import MAX_USER_ID, Expected, Record, Timeouts, principal, utc_now
+from sqlsessions.record import MAX_USER_ID, Expected, Record, Timeouts, next_version, principal, utc_now
 from sqlsessions.testing import MICROSECOND, MINUTE, START, FakeClock, expecting, following, make_record
 
 DAY = timedelta(days=1)
@@ -223,3 +223,11 @@ def test_make_record() -> None:
     assert following(one).version > one.version
     assert following(one, data="{}").data == "{}"
     assert Expected(one.version, one.secret_hash, START) == expecting(one)
+
+
+def test_versions() -> None:
+    """A version is greater than the one before, by a random amount; two thousand million of them fit in 64 bits."""
+    assert all(7 < next_version(7) <= 7 + 2**32 for _ in range(1000))
+    assert len({next_version(7) for _ in range(1000)}) == 1000
+    assert 2**31 * 2**32 <= 2**63
+    assert all(0 <= next_version(2**63 - 1) < 2**32 for _ in range(1000))

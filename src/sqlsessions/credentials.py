@@ -7,7 +7,6 @@ secret (a leaked dump logs nobody in).
 
 import hashlib
 import hmac
-import random
 import secrets
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
@@ -68,16 +67,6 @@ def new_id(now: datetime) -> UUID:
 def new_secret() -> bytes:
     """Return 256 random bits from the operating system; an error of its generator is passed on, never worked around."""
     return secrets.token_bytes(SECRET_BYTES)
-
-
-def next_version(version: int) -> int:
-    """Return a version that no other writer following *version* will choose (but for one chance in four thousand
-    million).
-
-    A writer whose connection broke after sending reads the row again and knows by this whether the write is its own.
-    2³¹ writes fit, and then it begins anew: all that matters is that it is another.
-    """
-    return (version + 1 + random.getrandbits(32)) % 2**63
 
 
 def hash_secret(secret: bytes) -> bytes:

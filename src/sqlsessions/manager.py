@@ -21,7 +21,7 @@ from uuid import UUID
 from weakref import WeakValueDictionary, ref
 
 from sqlsessions.backends.base import Backend, UserSessions
-from sqlsessions.credentials import CookieSigner, Credential, new_id, new_secret, next_version, proves
+from sqlsessions.credentials import CookieSigner, Credential, new_id, new_secret, proves
 from sqlsessions.errors import (
     BackendError,
     BackendTimeout,
@@ -37,7 +37,7 @@ from sqlsessions.errors import (
 )
 from sqlsessions.events import Event, EventHook, EventKind, emitter
 from sqlsessions.payload import Limits, changed_keys, decode, encode, merge
-from sqlsessions.record import FORMAT, Expected, Record, Timeouts, principal, utc_now
+from sqlsessions.record import FORMAT, Expected, Record, Timeouts, next_version, principal, utc_now
 from sqlsessions.session import Change, Marks, Session
 
 UserKey = str | Callable[[Mapping[str, Any]], str | int | None] | None
@@ -483,15 +483,16 @@ class Visit:
 
     def _draft(self, *, failed: bool, may_touch: Callable[[], bool]) -> "_Draft":
         """Return what would be written now, and the action owed."""
-        marks, record, now = self.session.marks, self.record, self._manager.clock()
-        quiet = failed or not (self.session.accessed or self._stale_key)
-        data = dict(dict.items(self.session))  # a look that is no access
+        session, record, now = self.session, self.record, self._manager.clock()
+        marks = session.marks
+        quiet = failed or not (session.accessed or self._stale_key)
+        data = dict.copy(session)  # a look that is no access
         user = None if quiet else self.user_of(data)
         empty = user is None and not data
         known = record.data if record is not None else None
         text = ""
         if not quiet and (record is not None or not empty):
-            text = encode(data, self._manager.limits, known=known, stored=self._as_stored, lent=self.session.lent)
+            text = encode(data, self._manager.limits, known=known, stored=self._as_stored, lent=session.lent)
         before = record.user_id if record is not None and not marks.ended else None
         facts = Facts(
             stored=record is not None,
@@ -586,7 +587,7 @@ class Visit:
                 if not await self._replace(draft):
                     return False
         # The handler may have gone on meanwhile, and asked for more, such as an end: that is still owed.
-        if self.session.marks == draft.marks:
+        if draft.marks.any and self.session.marks == draft.marks:
             self.session.marks = Marks()
         return True
 

@@ -64,7 +64,7 @@ def encode(
             return known
         if lent or text is None:
             inspector.mapping(kept.items(), (), 1)
-        return _measured(text or _encode(dict(data.items())), limits)
+        return _measured(text or _encode(_plain(data)), limits)
     except InvalidData:
         # Over limits that were lowered since, or spelled otherwise than we would; but nobody has changed it.
         unset = stored is None or len(kept) == len(data)
@@ -85,10 +85,14 @@ def _measured(text: str, limits: Limits) -> str:
     return text
 
 
+def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    return data if type(data) is dict else dict(data.items())
+
+
 def _unchecked(data: Mapping[str, Any]) -> str | None:
     """Return *data* as JSON text, whatever that alters; None for what JSON refuses."""
     try:
-        return _encode(dict(data.items()))
+        return _encode(_plain(data))
     except (TypeError, ValueError, RecursionError):
         return None
 

@@ -1,5 +1,6 @@
 """The stored row and the arithmetic of its expiry. No I/O, no clock of its own: every function is given the instant."""
 
+import random
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -142,6 +143,17 @@ class Timeouts:
         """Tell whether enough time has passed for a use of *record* at *now* to be worth a write."""
         since = now - record.last_seen_at
         return since >= _TOUCH or since * 10 >= self.idle_of(record)
+
+
+def next_version(version: int) -> int:
+    """Return a version that no other writer following *version* will choose (but for one chance in four thousand
+    million).
+
+    A writer whose connection broke after sending reads the row again and knows by this whether the write is its own.
+    2³¹ writes fit, and then it begins anew: all that matters is that it is another.
+    """
+    # Not of the operating system's making: it is no secret, and a system call costs more than the rest of an update.
+    return (version + 1 + random.getrandbits(32)) % 2**63
 
 
 def _storable(text: str) -> bool:

@@ -24,9 +24,9 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from sqlsessions.backends.base import Backend, UserSessions
-from sqlsessions.credentials import hash_secret, new_id, new_secret, next_version
+from sqlsessions.credentials import hash_secret, new_id, new_secret
 from sqlsessions.errors import DuplicateId, InvalidData
-from sqlsessions.record import FORMAT, MAX_USER_ID, Expected, Record, utc_now
+from sqlsessions.record import FORMAT, MAX_USER_ID, Expected, Record, next_version, utc_now
 
 T = TypeVar("T")
 

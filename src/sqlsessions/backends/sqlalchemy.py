@@ -66,9 +66,12 @@ class SQLAlchemyBackend(Revocation):
     """Keeps sessions in the table that ``alembic upgrade head`` made, on PostgreSQL (asyncpg) or SQLite (aiosqlite).
 
     Given a URL or an `AsyncEngine` (whose URL, creator, connect settings and event listeners are taken over), it
-    keeps a small pool of its own: FastAPI's ``yield`` dependencies hold the application's connections until after the
-    headers, and a shared pool would deadlock. In a second event loop, as in a test client without its context
-    manager, connections are not pooled.
+    keeps *pool_size* connections of its own: FastAPI's ``yield`` dependencies hold the application's until after the
+    headers, and a shared pool would deadlock. In a second event loop, as in a test client without its context manager,
+    connections are not kept.
+
+    Operations that wait at the same moment go to the database together, and share a round trip and a commit; with
+    *batch* False each goes by itself. None takes longer than *deadline*, whatever the server does.
     """
 
     def __init__(
@@ -212,7 +215,7 @@ class SQLAlchemyBackend(Revocation):
         for other, room in list(self._rooms.items()):
             if room.process is not _Process.current:
                 # Forked: the parent's sockets are not ours to use, nor to close, as forgetting them would.
-                self._inherited.append(self._rooms.pop(other))
+                self._inherited.append(self._rooms.pop(other, None))
             elif other.is_closed():
                 self._rooms.pop(other, None)
         kept = not any(other.connections.kept for other in list(self._rooms.values()))
