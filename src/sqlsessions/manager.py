@@ -486,7 +486,7 @@ class Visit:
         session, record, now = self.session, self.record, self._manager.clock()
         marks = session.marks
         quiet = failed or not (session.accessed or self._stale_key)
-        data = dict.copy(session)  # a look that is no access
+        data = dict(dict.items(session))  # a look that is no access
         user = None if quiet else self.user_of(data)
         empty = user is None and not data
         known = record.data if record is not None else None

@@ -152,8 +152,8 @@ def next_version(version: int) -> int:
     A writer whose connection broke after sending reads the row again and knows by this whether the write is its own.
     2³¹ writes fit, and then it begins anew: all that matters is that it is another.
     """
-    # Not of the operating system's making: it is no secret, and a system call costs more than the rest of an update.
-    return (version + 1 + random.getrandbits(32)) % 2**63
+    # A call of the operating system would cost more than all the rest of an update.
+    return (version + 1 + random.getrandbits(32)) % 2**63  # not a secret
 
 
 def _storable(text: str) -> bool:
