@@ -234,6 +234,8 @@ class Visit:
         self._commit: asyncio.Task[None] | None = None
         #: The stored row, as last loaded or committed.
         self.record: Record | None = None
+        #: Whether the row is bound to the user that its data names, by the settings of now.
+        self._names_its_user = True
         #: The session's items when they were last the row's: the very objects.
         self._as_stored: dict[str, Any] | None = None
         self._session: Callable[[], Session | None] = lambda: None
@@ -417,17 +419,13 @@ class Visit:
         return (
             # Past the methods of Session, in case somebody else went past them too.
             dict.__eq__(session, stored)
-            and self._keeps_its_user(record, stored)
+            and (
+                self._names_its_user
+                if not callable(self._manager.user_key)
+                else self._user_in(stored) == record.user_id
+            )
             and not (session.accessed and self._manager.timeouts.touch_due(record, self._manager.clock()))
         )
-
-    def _keeps_its_user(self, record: Record, stored: Mapping[str, Any]) -> bool:
-        """Tell whether *record*, as stored, is bound to the user that its data names by the settings of now."""
-        key = self._manager.user_key
-        if key is None:
-            return True
-        found = stored.get(key) if isinstance(key, str) else self._user_in(stored)
-        return record.user_id == (found if found is None else str(found))
 
     def _put(self, data: Mapping[str, Any]) -> None:
         """Make *data* the session's, whatever is stored."""
@@ -438,7 +436,7 @@ class Visit:
 
     def _settle(self, data: dict[str, Any]) -> None:
         """Take *data* for what is stored: the session's items, if no handler has gone on changing them meanwhile."""
-        self._as_stored = data
+        self._as_stored, self._names_its_user = data, True
         session = self.session
         session.written = not all(map(is_, dict.values(session), data.values())) or list(dict.keys(session)) != list(
             data
@@ -447,9 +445,10 @@ class Visit:
     def _fill(self, record: Record) -> None:
         """Take *record* for what is stored, and its data for the session's."""
         data = decode(record.data)
-        if self.user_key is not None:
+        key = self._manager.user_key
+        if isinstance(key, str):
             try:
-                principal(data.get(self.user_key))
+                self._names_its_user = principal(data.get(key)) == record.user_id
             except InvalidData:
                 raise CorruptData("stored data holds what cannot be a user id") from None
         session = self.session

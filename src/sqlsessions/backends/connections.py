@@ -269,9 +269,10 @@ class Aiosqlite:
 
 def _given(spelled: Spelled, row: Any) -> Record:
     """Return asyncpg's *row* as a record: all as it is, but for "infinity", which it gives as a naive datetime."""
-    _, _, _, _, _, created, seen, expires, authenticated, *_ = row
-    aware = created.tzinfo is seen.tzinfo is expires.tzinfo is UTC
-    if aware and (authenticated is None or authenticated.tzinfo is UTC):
+    authenticated = row[8]
+    if row[5].tzinfo is row[6].tzinfo is row[7].tzinfo is UTC and (
+        authenticated is None or authenticated.tzinfo is UTC
+    ):
         return Record(*row)
     return Record(*spelled.row(row))
 
