@@ -5,7 +5,9 @@ gate opens.
 """
 
 import asyncio
+import copy
 import itertools
+import operator
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -511,6 +513,72 @@ async def test_a_merge_does_not_detach_objects_that_the_handler_holds(site: Site
         await fast.do(setting("theirs"))
     await request
     assert await slow.data() == {"cart": [1, 2, 3], "ours": True, "theirs": True, "count": 1}
+
+
+def matched(session: Session) -> Any:
+    """Take the cart out by a pattern."""
+    match session:
+        case {"cart": cart}:
+            return cart
+
+
+HOLDS: dict[str, Callable[[Session], Any]] = {
+    "by key": lambda session: session["cart"],
+    "get": lambda session: session.get("cart"),
+    "setdefault": lambda session: session.setdefault("cart", []),
+    "values": lambda session: next(iter(session.values())),
+    "items": lambda session: dict(session.items())["cart"],
+    "copy": lambda session: session.copy()["cart"],
+    "copied": lambda session: copy.copy(session)["cart"],
+    "unpacked": lambda session: {**session}["cart"],
+    "a dict of it": lambda session: dict(session)["cart"],
+    "a union": lambda session: (session | {})["cart"],
+    "a union from the right": lambda session: ({} | session)["cart"],
+    "a pattern": matched,
+    "a getter": operator.itemgetter("cart"),
+}
+
+
+@pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
+async def test_whatever_way_a_value_was_had(site: Site, hold: Callable[[Session], Any]) -> None:
+    """A change inside a value is saved, by whichever of a dict's ways the handler came to hold it (R55)."""
+    browser = await site.filled(cart=[1], n=1)
+    await browser.do(lambda session: hold(session).append(2))
+    assert await browser.data() == {"cart": [1, 2], "n": 1}
+
+
+@pytest.mark.parametrize("put", [lambda s, v: s.update(cart=v), lambda s, v: s.setdefault("cart", v), dict.__setitem__])
+async def test_what_was_put_in_goes_on_changing(site: Site, put: Any) -> None:
+    """A value that a handler put in and keeps is saved as it is in the end, after a save() too (R55)."""
+    browser = await site.filled(n=1)
+
+    async def go_on(session: Session) -> None:
+        cart = [1]
+        if put is dict.__setitem__:
+            session["cart"] = cart
+        else:
+            put(session, cart)
+        await session.save()
+        cart.append(2)
+
+    await browser.do(go_on)
+    assert await browser.data() == {"n": 1, "cart": [1, 2]}
+
+
+@pytest.mark.parametrize("value", [True, 1.0])
+async def test_equal_is_not_the_same(site: Site, value: object) -> None:
+    """A value of another type that Python calls equal is a change (R54, R89)."""
+    browser = await site.filled(n=1)
+    await browser.do(lambda session: session.update(n=value))
+    found = await browser.data()
+    assert (found, type(found["n"])) == ({"n": value}, type(value))
+
+
+async def test_another_order(site: Site) -> None:
+    """A key that was taken out and put back is last, as in any dict, and stays so."""
+    browser = await site.filled(a=1, b=2)
+    await browser.do(lambda session: session.update(a=session.pop("a")))
+    assert list(await browser.data()) == ["b", "a"]
 
 
 async def test_a_reader_writes_nothing_beside_a_writer(site: Site) -> None:

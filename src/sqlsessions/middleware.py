@@ -299,11 +299,11 @@ class _Exchange:
         headers = list(message.get("headers", ()))
         # A refused handshake has no headers of ours.
         self._visit.headers_sent = message["type"] == "websocket.close"
-        if not self._visit.nothing_owed():
-            try:
+        try:
+            if not self._visit.nothing_owed():
                 await self._commit(failed=self._failed, may_touch=lambda: not _shared(headers))
-            except Exception as error:  # noqa: BLE001 - answered or raised once the application has stopped
-                self._failure = error
+        except Exception as error:  # noqa: BLE001 - answered or raised once the application has stopped
+            self._failure = error
         if status == _SERVER_ERROR and self._failure is None:
             # A mounted application has an error page of its own, which knows nothing of outages.
             self._failure = self._visit.refusal

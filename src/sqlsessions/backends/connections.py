@@ -145,8 +145,8 @@ class Plain:
             raise _unreadable() from None
 
 
-class Asyncpg:
-    """By asyncpg, which takes and gives the very values that records are made of."""
+class _PastSQLAlchemy:
+    """A driver's own connection, and what it takes to speak to it."""
 
     __slots__ = ("_driver", "_spell", "_statements")
 
@@ -154,6 +154,12 @@ class Asyncpg:
         self._driver = driver
         self._statements = statements
         self._spell = spell
+
+
+class Asyncpg(_PastSQLAlchemy):
+    """By asyncpg, which takes and gives the very values that records are made of."""
+
+    __slots__ = ()
 
     async def record(self, statement: sa.Executable, parameters: Parameters) -> Record | None:
         """Return the first row as a record."""
@@ -199,15 +205,10 @@ class Asyncpg:
         return [_told(write, _id(parameters) in changed) for write, parameters in several]
 
 
-class Aiosqlite:
+class Aiosqlite(_PastSQLAlchemy):
     """By SQLite itself, in aiosqlite's thread: one hop per call, however many statements it takes."""
 
-    __slots__ = ("_driver", "_spell", "_statements")
-
-    def __init__(self, driver: Any, statements: Statements, spell: Spelling) -> None:
-        self._driver = driver
-        self._statements = statements
-        self._spell = spell
+    __slots__ = ()
 
     async def record(self, statement: sa.Executable, parameters: Parameters) -> Record | None:
         """Return the first row as a record."""
