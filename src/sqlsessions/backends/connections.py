@@ -229,10 +229,8 @@ class Aiosqlite(_PastSQLAlchemy):
             finally:
                 connection.execute("ROLLBACK")
 
-        return [
-            None if row is None else _attempt(lambda row: _converted(spelled, row), row)
-            for row in await self._hop(read)
-        ]
+        convert = partial(_converted, spelled)
+        return [None if row is None else _attempt(convert, row) for row in await self._hop(read)]
 
     async def changed(self, statement: sa.Executable, parameters: Parameters) -> bool:
         """Tell whether a write changed its row."""

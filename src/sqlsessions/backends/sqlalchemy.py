@@ -20,7 +20,6 @@ from sqlsessions.backends.base import Backend, Revocation, owner
 from sqlsessions.backends.connections import (
     LOCKED,
     NOT_SUPPORTED,
-    READ_ONLY,
     Connection,
     Connections,
     Fault,
@@ -581,7 +580,7 @@ def _typed(fault: Fault) -> BackendError | CorruptData:  # noqa: PLR0911 - a lin
         return _unsayable(fault.name)
     if "Could not decode to UTF-8" in said:
         return CorruptData(f"a stored session has a column that cannot be read ({what})")
-    if state in {READ_ONLY, "53100"} or "readonly database" in said or "disk is full" in said:
+    if fault.refuses or state == "53100" or "disk is full" in said:
         return BackendReadOnly(f"the database accepts no writes ({what})")
     if state in {"57014", LOCKED} or "database is locked" in said:
         return BackendTimeout(f"the database did not finish in time ({what})")
