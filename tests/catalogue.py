@@ -6,7 +6,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sqlsessions.schema import sessions_table
+from sqlsessions.schema import DEFAULT_TABLE, sessions_table
 from tests.looking import sql
 
 #: What each catalogue says of a table, its columns, constraints, indexes and storage options.
@@ -43,7 +43,7 @@ async def catalogue(url: str, name: str) -> list[Any]:
     ]
 
 
-async def create_from_metadata(url: str, name: str) -> None:
+async def create_from_metadata(url: str, name: str = DEFAULT_TABLE) -> None:
     """Create a session table as `sqlsessions.schema` has it today."""
     metadata = sa.MetaData()
     sessions_table(metadata, name)

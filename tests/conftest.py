@@ -17,18 +17,18 @@ from typing import TypeVar
 
 import pytest
 from hypothesis import settings
-from sqlalchemy import MetaData, event
+from sqlalchemy import event
 from sqlalchemy.engine import Engine
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqlsessions.backends.memory import InMemoryBackend
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
-from sqlsessions.schema import sessions_table
 from tests.asgi import Site, TellingBackend
 from tests.servers import PgBouncer, PostgresServer, Server, Unavailable
 
 # Before anything imports it: its bare asserts are the conformance suite's, and have to explain themselves.
 pytest.register_assert_rewrite("sqlsessions.testing")
+
+from tests.catalogue import create_from_metadata  # noqa: E402 - imports it
 
 # The tests set the library's variables themselves; those of the developer's shell are not theirs.
 for variable in [name for name in os.environ if name.startswith("SQLSESSIONS_")]:
@@ -147,7 +147,7 @@ def site(backend: InMemoryBackend | SQLAlchemyBackend, statements: list[str]) ->
 @pytest.fixture(scope="session")
 def postgres_template(postgres: PostgresServer) -> str:
     """The name of a PostgreSQL database with our table, for copying."""
-    asyncio.run(_create_table(postgres.create_database("sessions")))
+    asyncio.run(create_from_metadata(postgres.create_database("sessions")))
     return "sessions"
 
 
@@ -155,7 +155,7 @@ def postgres_template(postgres: PostgresServer) -> str:
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite file with our table, for copying."""
     path = tmp_path_factory.mktemp("sqlite") / "sessions.db"
-    asyncio.run(_create_table(f"sqlite+aiosqlite:///{path}"))
+    asyncio.run(create_from_metadata(f"sqlite+aiosqlite:///{path}"))
     return path
 
 
@@ -179,12 +179,3 @@ def _at_hand(make: Callable[[], S]) -> S:
         if os.environ.get("CI"):
             pytest.fail(str(error), pytrace=False)
         pytest.skip(str(error))
-
-
-async def _create_table(url: str) -> None:
-    metadata = MetaData()
-    sessions_table(metadata)
-    engine = create_async_engine(url)
-    async with engine.begin() as connection:
-        await connection.run_sync(metadata.create_all)
-    await engine.dispose()

@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
+from anyio.lowlevel import checkpoint
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
+from sqlsessions.errors import BackendUnavailable
 from sqlsessions.testing import MINUTE, START, expecting, following, make_record
 
 #: Seconds after which something that has to happen is taken not to happen.
@@ -51,6 +53,18 @@ async def threads_ended() -> None:
     for thread in threading.enumerate():
         if "_connection_worker_thread" in thread.name:
             await asyncio.to_thread(thread.join)
+
+
+async def recover(backend: SQLAlchemyBackend) -> None:
+    """Wait until those have ended whose deadline passed while they waited for the lock."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            try:
+                await backend.ping()
+            except BackendUnavailable:
+                await checkpoint()
+            else:
+                return
 
 
 async def everything(backend: SQLAlchemyBackend) -> None:

@@ -24,7 +24,7 @@ from sqlsessions.errors import BackendTimeout, BackendUnavailable, DuplicateId
 from sqlsessions.record import Record
 from sqlsessions.testing import EVER, MINUTE, START, expecting, following, make_record
 from tests.commands import run
-from tests.looking import PATIENCE, closing, everything, pids, sql
+from tests.looking import PATIENCE, closing, everything, pids, recover, sql
 from tests.proxy import proxied
 from tests.servers import PgBouncer
 
@@ -199,14 +199,7 @@ async def test_locked_file(sqlite_sessions_url: str) -> None:
             async with on_time(BackendUnavailable, after=timedelta(0)):
                 await backend.load(make_record().id, START)
             await connection.execute(sa.text("ROLLBACK"))
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                try:
-                    await backend.ping()
-                except BackendUnavailable:
-                    await checkpoint()
-                else:
-                    break
+        await recover(backend)
         await everything(backend)
     await engine.dispose()
 

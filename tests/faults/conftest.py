@@ -7,10 +7,8 @@ import asyncio
 from collections.abc import Callable, Iterator
 
 import pytest
-from sqlalchemy import MetaData
-from sqlalchemy.ext.asyncio import create_async_engine
 
-from sqlsessions.schema import sessions_table
+from tests.catalogue import create_from_metadata
 from tests.faults.ways import WAYS, Way
 from tests.servers import PostgresServer
 
@@ -50,15 +48,5 @@ def victim(postgres: PostgresServer) -> Iterator[PostgresServer]:
 def victim_url(victim: PostgresServer) -> str:
     """The URL of a database of that server, with our table."""
     url = victim.create_database("sessions")
-    asyncio.run(create_table(url))
+    asyncio.run(create_from_metadata(url))
     return url
-
-
-async def create_table(url: str) -> None:
-    """Create the session table."""
-    metadata = MetaData()
-    sessions_table(metadata)
-    engine = create_async_engine(url)
-    async with engine.begin() as connection:
-        await connection.run_sync(metadata.create_all)
-    await engine.dispose()

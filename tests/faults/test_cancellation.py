@@ -247,44 +247,36 @@ async def test_another_user_cancelled_at_each_await(shop: Shop) -> None:
     await shop.assert_well(opened)
 
 
-async def test_a_logout_cancelled_at_each_await(shop: Shop) -> None:
-    """Cancelled at its k-th await, a request that has come to its clear() has logged out (R28, R72)."""
-    opened, at = len(shop.connections), 0
-    asked: list[bool] = []
+async def clear(session: Session, asked: list[bool]) -> None:
+    """Log out."""
+    session.clear()
+    asked.append(True)
 
-    def clear(session: Session) -> None:
+
+async def clear_finally(session: Session, asked: list[bool]) -> None:
+    """Log out, whatever becomes of a save()."""
+    session["cart"] = [2]
+    try:
+        await session.save()
+    finally:
         session.clear()
         asked.append(True)
 
-    while not at or shop.steps.cancelled:
-        at += 1
-        asked.clear()
-        browser = await shop.site.filled(cart=[1])
-        await shop.steps.run(browser.do(clear), cancel_at=at)
-        assert summary(await shop.settled()) == ([] if asked else OLD), at
-        await shop.backend.delete_all()
-    assert asked
-    await shop.assert_well(opened)
 
-
-async def test_a_logout_after_a_save_cancelled_at_each_await(shop: Shop) -> None:
-    """The same where the clear() comes from a handler whose save() is what was cancelled (R28, R72)."""
+@pytest.mark.parametrize("log_out", [clear, clear_finally])
+async def test_a_logout_cancelled_at_each_await(
+    shop: Shop, log_out: Callable[[Session, list[bool]], Coroutine[Any, Any, None]]
+) -> None:
+    """Cancelled at its k-th await, a request that has come to its clear() has logged out, also where the clear() comes
+    from a handler whose save() is what was cancelled (R28, R72).
+    """
     opened, at = len(shop.connections), 0
     asked: list[bool] = []
-
-    async def clear_finally(session: Session) -> None:
-        session["cart"] = [2]
-        try:
-            await session.save()
-        finally:
-            session.clear()
-            asked.append(True)
-
     while not at or shop.steps.cancelled:
         at += 1
         asked.clear()
         browser = await shop.site.filled(cart=[1])
-        await shop.steps.run(browser.do(clear_finally), cancel_at=at)
+        await shop.steps.run(browser.do(lambda session: log_out(session, asked)), cancel_at=at)
         assert summary(await shop.settled()) == ([] if asked else OLD), at
         await shop.backend.delete_all()
     assert asked

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from anyio.lowlevel import checkpoint
 
-from tests.faults.conftest import create_table
+from tests.catalogue import create_from_metadata
 from tests.faults.crowd import Crowd
 from tests.faults.ways import DEADLINE, LINUX, SLACK, Way
 from tests.looking import PATIENCE, pids, sql
@@ -26,7 +26,7 @@ def cluster(postgres: PostgresServer) -> Iterator[tuple[PostgresServer, Standby]
     """A primary whose commits wait for its standby."""
     with PostgresServer({"synchronous_commit": "on"}) as primary:
         primary.create_database("sessions")
-        asyncio.run(create_table(primary.url("sessions")))
+        asyncio.run(create_from_metadata(primary.url("sessions")))
         with Standby(primary) as standby:
             primary.execute("ALTER SYSTEM SET synchronous_standby_names TO 'ANY 1 (*)'")
             primary.execute("SELECT pg_reload_conf()")

@@ -417,7 +417,7 @@ async def test_a_history_on_postgresql(cluster: Cluster) -> None:
     nothing that has ended comes back, and each increment counts once (R29, R52, R53, R74).
     """
     url = cluster.server.create_database("history")
-    await create_from_metadata(url, "web_sessions")
+    await create_from_metadata(url)
 
     async def terminate() -> None:
         await sql(

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from anyio.lowlevel import checkpoint
 from sqlalchemy import event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sqlsessions import Session, SQLAlchemyBackend
-from sqlsessions.errors import BackendError, BackendReadOnly, BackendTimeout, BackendUnavailable
+from sqlsessions.errors import BackendError, BackendReadOnly, BackendTimeout
 from sqlsessions.payload import decode
 from sqlsessions.purge import purge
 from sqlsessions.record import utc_now
 from sqlsessions.testing import START, make_record
 from tests.asgi import COOKIE, records
 from tests.commands import ROOT, run
-from tests.looking import PATIENCE, closing, everything, sql
+from tests.looking import PATIENCE, closing, everything, recover, sql
 from tests.staging import Browser, Site, Staged
 
 pytestmark = pytest.mark.anyio
@@ -176,18 +175,6 @@ def held(url: str, how: str, then: str = "") -> Iterator["subprocess.Popen[bytes
         process.wait()
         process.stdout.close()
         process.stdin.close()
-
-
-async def recover(backend: SQLAlchemyBackend) -> None:
-    """Wait until those have ended whose deadline passed while they waited for the lock."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            try:
-                await backend.ping()
-            except BackendUnavailable:
-                await checkpoint()
-            else:
-                return
 
 
 async def test_a_file_locked_by_another_process(sqlite_sessions_url: str) -> None:
