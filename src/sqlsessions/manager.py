@@ -461,6 +461,13 @@ class Visit:
         """Load the session *credential* is for, or leave the visitor anonymous and say why. A client's id is never
         adopted (R2).
         """
+        refusal = await self._look(credential)
+        if refusal is not None:
+            self._emit(refusal)
+            self._credential = None
+
+    async def _look(self, credential: Credential) -> EventKind | None:
+        """Take the row as it is stored now for the session; return why it is not this visitor's, if it is not."""
         now = self._manager.clock()
         try:
             record = await self._manager.backend.load(credential.id, now)
@@ -468,10 +475,8 @@ class Visit:
             if refusal is None and record is not None:
                 self._fill(record)
         except _CORRUPT:
-            refusal = "corrupt"
-        if refusal is not None:
-            self._emit(refusal)
-            self._credential = None
+            return "corrupt"
+        return refusal
 
     def _refusal(self, credential: Credential, record: Record | None, now: datetime) -> EventKind | None:
         if record is None:
@@ -567,12 +572,12 @@ class Visit:
                 await self._touch(draft)
                 return True
             case Action.INSERT:
-                await self._insert(draft.text, draft)
+                await self._insert(draft)
             case Action.DELETE:
                 await self._delete()
             case Action.DELETE_THEN_INSERT:
                 await self._delete()
-                await self._insert(draft.text, draft)
+                await self._insert(draft)
             case Action.DELETE_UNCHANGED:
                 if not await self._delete(self._expected(draft.now)):
                     return False
@@ -581,7 +586,7 @@ class Visit:
                 if not await self._delete(self._expected(draft.now)):
                     return False
                 self._put(ours)
-                await self._insert(encode(ours, self._manager.limits), replace(draft, data=ours))
+                await self._insert(replace(draft, data=ours, text=encode(ours, self._manager.limits)))
             case Action.UPDATE | Action.RENEW:
                 if not await self._replace(draft):
                     return False
@@ -590,7 +595,7 @@ class Visit:
             self.session.marks = Marks()
         return True
 
-    async def _insert(self, text: str, draft: "_Draft") -> None:
+    async def _insert(self, draft: "_Draft") -> None:
         """Create the row under an id and a secret of our own making; a taken id is not overwritten but left for
         another (R5).
         """
@@ -600,7 +605,7 @@ class Visit:
             id=credential.id,
             secret_hash=credential.secret_hash,
             user_id=draft.user,
-            data=text,
+            data=draft.text,
             version=0,
             created_at=draft.now,
             last_seen_at=draft.now,
@@ -753,16 +758,10 @@ class Visit:
         """Take the row as it is stored now for the session; raise `SessionGone` if it is no longer this visitor's, or
         nobody can read it.
         """
-        before, credential = self._standing()
-        now = self._manager.clock()
-        try:
-            record = await self._manager.backend.load(before.id, now)
-            refusal = self._refusal(credential, record, now)
-            if refusal is None and record is not None:
-                self._fill(record)
-                return
-        except _CORRUPT:
-            refusal = "corrupt"
+        _, credential = self._standing()
+        refusal = await self._look(credential)
+        if refusal is None:
+            return
         self._emit(refusal if refusal in ("superseded", "corrupt") else "gone")
         self.record = self._credential = self.cookie = None
         self._gone = True
@@ -777,7 +776,7 @@ class Visit:
         text = encode(result, self._manager.limits)
         if result:
             draft = _Draft(Action.INSERT, text, self._user_in(result), self._manager.clock(), decode(text))
-            await self._insert(text, draft)
+            await self._insert(draft)
         self._put(merge({}, result, pending))
         return result
 
