@@ -2,25 +2,18 @@
 
 import asyncio
 import signal
-import socket
-import subprocess
 import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import httpx
 import pytest
 from sqlalchemy import make_url
 
-from tests.commands import ENVIRONMENT, command
+from tests.serving import Uvicorn
 
 pytestmark = pytest.mark.anyio
-
-#: Seconds in which a process has to start or to stop.
-PATIENCE = 30
 
 APPLICATION = """
     import os
@@ -57,68 +50,23 @@ APPLICATION = """
 """
 
 
-class Uvicorn:
+class Shop(Uvicorn):
     """The application under uvicorn, while the block runs."""
 
     def __init__(self, folder: Path, url: str) -> None:
         (folder / "shop.py").write_text(textwrap.dedent(APPLICATION))
-        self.folder = folder
+        super().__init__("shop:app", folder, cwd=folder, variables={"URL": url})
         self.url = url
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        self._log = folder / "log"
-
-    def __enter__(self) -> Self:
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command("uvicorn", "shop:app", "--port", str(self.port)),
-                cwd=self.folder,
-                env={**ENVIRONMENT, "URL": self.url},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-        end = time.monotonic() + PATIENCE
-        while not self._accepts():
-            assert self.process.poll() is None, self.log
-            assert time.monotonic() < end, self.log
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    @property
-    def log(self) -> str:
-        """What it has said."""
-        return self._log.read_text()
-
-    def browser(self) -> httpx.AsyncClient:
-        """Return a client with a cookie jar."""
-        return httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=PATIENCE)
-
-    def end(self, how: signal.Signals) -> int:
-        """Send a signal, and return the exit status."""
-        self.process.send_signal(how)
-        return self.process.wait(PATIENCE)
-
-    def _accepts(self) -> bool:
-        time.sleep(0.02)  # another process: there is nothing to wait on
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
 
 @pytest.fixture
-def uvicorn(tmp_path: Path, sqlite_sessions_url: str) -> Iterator[Uvicorn]:
+def uvicorn(tmp_path: Path, sqlite_sessions_url: str) -> Iterator[Shop]:
     """The application on an SQLite file, served."""
-    with Uvicorn(tmp_path, sqlite_sessions_url) as server:
+    with Shop(tmp_path, sqlite_sessions_url) as server:
         yield server
 
 
-async def test_a_visit(uvicorn: Uvicorn) -> None:
+async def test_a_visit(uvicorn: Shop) -> None:
     """Over a socket: log in, be known, log out, be nobody, and the cookie of before is dead (R26, R28)."""
     async with uvicorn.browser() as browser, uvicorn.browser() as thief:
         assert (await browser.get("/me")).status_code == 401
@@ -139,7 +87,7 @@ async def test_a_visit(uvicorn: Uvicorn) -> None:
     assert "Traceback" not in uvicorn.log
 
 
-async def test_twenty_requests_at_once(uvicorn: Uvicorn) -> None:
+async def test_twenty_requests_at_once(uvicorn: Shop) -> None:
     """Twenty parallel requests that set a key each, over twenty connections, lose none (R52)."""
     async with uvicorn.browser() as browser:
         await browser.post("/login/alice")
@@ -164,10 +112,10 @@ async def test_killed_and_restarted(tmp_path: Path, sqlite_sessions_url: str) ->
             except httpx.TransportError:
                 return
 
-    with Uvicorn(tmp_path, sqlite_sessions_url) as server:
+    with Shop(tmp_path, sqlite_sessions_url) as server:
         await asyncio.gather(*(come_and_stay(server, number) for number in range(8)))
     assert len(cookies) >= 100
-    with Uvicorn(tmp_path, sqlite_sessions_url) as server:
+    with Shop(tmp_path, sqlite_sessions_url) as server:
         async with server.browser() as browser:
             for cookie in cookies:
                 browser.cookies.set("session", cookie)
@@ -176,7 +124,7 @@ async def test_killed_and_restarted(tmp_path: Path, sqlite_sessions_url: str) ->
             assert (await browser.post("/logout")).status_code == 200
 
 
-async def test_terminated(uvicorn: Uvicorn) -> None:
+async def test_terminated(uvicorn: Shop) -> None:
     """SIGTERM stops it at once and cleanly: no task destroyed, no connection forgotten, no file left beside (R87)."""
     async with uvicorn.browser() as browser:
         await browser.post("/login/alice")
