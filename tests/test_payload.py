@@ -299,6 +299,11 @@ CORRUPT: dict[str, object] = {
     "an escaped lone surrogate in a key": '{"\\udfff":"é"}',
     "a lone surrogate": '{"a":"\udc00"}',
     "lists too deep for MariaDB": '{"a":' + "[" * MAX_DEPTH + "]" * MAX_DEPTH + "}",
+    "too deep between strings that close what is not open": '{"a":'
+    + '["]",' * MAX_DEPTH
+    + "1"
+    + ',"["]' * MAX_DEPTH
+    + "}",
     "objects too deep for MariaDB": '{"a":' * MAX_DEPTH + "{}" + "}" * MAX_DEPTH,
 }
 

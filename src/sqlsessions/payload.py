@@ -17,9 +17,6 @@ MAX_DEPTH = 31
 #: Short of the 4,300 decimal digits that Python prints by default; beyond, Python itself is asked.
 _MANY_BITS = 10_000
 
-#: Takes everything away from ASCII text but brackets.
-_NO_BRACKETS = {code: None for code in range(128) if chr(code) not in "{}[]"}
-
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
 
 
@@ -110,21 +107,10 @@ def decode(text: object) -> dict[str, Any]:
         raise CorruptData(f"stored data is a JSON {type(data).__name__}, not an object")
     if not text.isascii() or "\\u" in text:
         _check_text(data)
-    if _may_be_deep(text) and _too_deep(data):
+    # Brackets within strings count too: fewer than this many cannot be deep, more may be.
+    if text.count("{") + text.count("[") > MAX_DEPTH and _too_deep(data):
         raise CorruptData(f"stored data is nested deeper than {MAX_DEPTH} levels")
     return data
-
-
-def _may_be_deep(text: str) -> bool:
-    """Tell whether *text* may be too deeply nested, by taking away the innermost brackets as often as is allowed."""
-    if text.count("{") + text.count("[") <= MAX_DEPTH:
-        return False
-    brackets = text.translate(_NO_BRACKETS)
-    for _ in range(MAX_DEPTH):
-        brackets = brackets.replace("{}", "").replace("[]", "")
-        if not brackets:
-            return False
-    return True
 
 
 def _parsed(text: str) -> Any:
@@ -171,9 +157,11 @@ def _too_deep(data: dict[str, Any]) -> bool:
             inner
             for outer in level
             for inner in (outer.values() if type(outer) is dict else outer)
-            if type(inner) in (dict, list)
+            if type(inner) is dict or type(inner) is list
         ]
-    return bool(level)
+        if not level:
+            return False
+    return True
 
 
 def _constant(name: str) -> NoReturn:
