@@ -15,7 +15,7 @@ import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
@@ -177,7 +177,7 @@ class Client:
         self.connection = connection
         self.size = size
         self.records: list[Record] = []
-        names = [field.name for field in fields(Record)]
+        names = Record._fields
         statements = Statements(sessions_table(sa.MetaData()), "postgresql")
         dialect = sa.make_url("postgresql+asyncpg://").get_dialect()()
         self._load = Spelled(statements.load, dialect)
@@ -249,7 +249,7 @@ _GOODS = ("Wool socks, grey", "Tea, green, 100 g", "Notebook A5, lined", "Lamp",
 
 
 def _values(record: Record) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in fields(record)}
+    return record._asdict()
 
 
 # The purge beside readers

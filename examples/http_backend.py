@@ -23,7 +23,6 @@ The service is ``session_service.py``. `HTTPBackend` is used like any other:
 
 import json
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import UUID
@@ -174,7 +173,7 @@ def matched(if_match: str, now: datetime) -> Expected:
 
 def to_json(record: Record) -> str:
     """Return a record as JSON text; its data is a string in it, so that not a byte of it changes."""
-    return json.dumps(asdict(record), default=plain)
+    return json.dumps(record._asdict(), default=plain)
 
 
 def from_json(text: str | bytes) -> Record:

@@ -234,7 +234,7 @@ async def records(backend: Backend) -> list[Record]:
     if isinstance(backend, InMemoryBackend):
         return list(backend._records.values())
     assert isinstance(backend, SQLAlchemyBackend)
-    statement = sa.select(*[backend._statements.table.c[name] for name in Record.__slots__])
+    statement = sa.select(*[backend._statements.table.c[name] for name in Record._fields])
     return list(await backend._run(lambda turn: turn.records(statement, {})))
 
 

@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -71,7 +70,7 @@ async def everything(backend: SQLAlchemyBackend) -> None:
     """Use every method there is, on a record that is gone in the end."""
     record = make_record()
     user = str(record.id)
-    record = replace(record, user_id=user)
+    record = record._replace(user_id=user)
     await backend.insert(record)
     assert await backend.load(record.id, START) == record
     changed = following(record)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -395,7 +395,7 @@ async def test_one_bad_row_fails_alone(together: SQLAlchemyBackend) -> None:
     taken = make_record()
     await together.insert(taken)
     rows = [make_record() for _ in range(12)]
-    bad = {3: replace(rows[3], id=taken.id), 6: replace(rows[6], version=2**70), 9: replace(rows[9], data="{")}
+    bad = {3: rows[3]._replace(id=taken.id), 6: rows[6]._replace(version=2**70), 9: rows[9]._replace(data="{")}
     outcomes = await asyncio.gather(
         *(together.insert(bad.get(place, row)) for place, row in enumerate(rows)), return_exceptions=True
     )

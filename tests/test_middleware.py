@@ -5,7 +5,6 @@ import json
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -560,7 +559,7 @@ async def test_touch(site: Site) -> None:
     answer = await browser.visit(read)
     assert (site.statements, answer.set_cookie) == (["SELECT", "UPDATE"], None)
     now = site.clock()
-    assert await site.record() == replace(before, last_seen_at=now, expires_at=now + timedelta(days=14))
+    assert await site.record() == before._replace(last_seen_at=now, expires_at=now + timedelta(days=14))
     site.forget()
     await browser.visit(read)
     assert site.statements == ["SELECT"]
@@ -1015,7 +1014,7 @@ async def corrupted(site: Site, data: str) -> None:
     """Make sure of a session whose stored data is changed to *data*."""
     browser = await site.visitor()
     record = await site.record()
-    await site.backend.replace(replace(record, data=data), Expected(record.version, record.secret_hash, site.clock()))
+    await site.backend.replace(record._replace(data=data), Expected(record.version, record.secret_hash, site.clock()))
     site.forget()
     for _ in range(2):
         answer = await browser.visit(read)
@@ -1040,7 +1039,7 @@ async def test_largest_version(memory: Site) -> None:
     """A row of the largest version that a column takes is written like any other (R99)."""
     browser = await memory.visitor()
     record = await memory.record()
-    await memory.backend.replace(replace(record, version=2**63 - 1), Expected(0, record.secret_hash, memory.clock()))
+    await memory.backend.replace(record._replace(version=2**63 - 1), Expected(0, record.secret_hash, memory.clock()))
     await browser.visit(change(n=2))
     assert ((await memory.record()).data, (await memory.record()).version < 2**63) == ('{"n":2}', True)
 
@@ -1062,7 +1061,7 @@ async def test_corrupt_meanwhile(memory: Site, use: Callable[[Session], Awaitabl
     async def handler(request: Request) -> None:
         request.session["n"] = 2
         record = await memory.record()
-        spoiled = replace(record, data="{", version=record.version + 1)
+        spoiled = record._replace(data="{", version=record.version + 1)
         await memory.backend.replace(spoiled, Expected(record.version, record.secret_hash, memory.clock()))
         if use is not None:
             await use(request.session)
@@ -1078,7 +1077,7 @@ class Rival(TellingBackend):
     async def replace(self, record: Record, expected: Expected) -> bool:
         """Replace what somebody else has replaced just before."""
         found = self._records[record.id]
-        self._records[record.id] = replace(found, version=found.version + 1)
+        self._records[record.id] = found._replace(version=found.version + 1)
         return await super().replace(record, expected)
 
 

@@ -11,7 +11,6 @@ import operator
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -734,7 +733,7 @@ async def test_a_request_that_always_loses_is_a_503(site: Site, do: Do, verb: st
     async def lose(id_: UUID) -> AsyncIterator[None]:
         found = await site.backend.backend.load(id_, site.clock())
         assert found is not None
-        rival = replace(found, version=next_version(found.version), data=f'{{"cart":[{next(rivals)}]}}')
+        rival = found._replace(version=next_version(found.version), data=f'{{"cart":[{next(rivals)}]}}')
         assert await site.backend.backend.replace(rival, Expected(found.version, found.secret_hash, site.clock()))
         yield
 

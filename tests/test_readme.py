@@ -22,7 +22,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import CodeType, FrameType
@@ -622,7 +622,7 @@ async def everything(backend: SQLAlchemyBackend) -> None:
 
     await asyncio.gather(*map(live, records))
     gone = make_record(user_id="1", expires_at=now - timedelta(days=1))
-    kept = replace(records[0], data='{"kept":true}')
+    kept = records[0]._replace(data='{"kept":true}')
     await backend.insert(gone)
     await backend.insert(kept)
     assert await backend.list_for_user("1") == [kept]

@@ -1,6 +1,5 @@
 """The arithmetic of expiry, and what a record shows of itself."""
 
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -79,7 +78,7 @@ def test_repr_of_record() -> None:
 def test_expected(change: dict[str, Any], matches: bool) -> None:
     """A record matches with the same version and secret, before it expires."""
     found = make_record()
-    assert replace(expecting(found), **change).matches(found) is matches
+    assert expecting(found)._replace(**change).matches(found) is matches
 
 
 def test_utc_now() -> None:
@@ -153,7 +152,7 @@ def test_absolute_timeout_is_kept() -> None:
     timeouts, clock = Timeouts(), FakeClock()
     used = record()
     while not timeouts.expired(used, clock()):
-        used = replace(used, last_seen_at=clock(), expires_at=timeouts.expires_at(replace(used, last_seen_at=clock())))
+        used = used._replace(last_seen_at=clock(), expires_at=timeouts.expires_at(used._replace(last_seen_at=clock())))
         clock.advance(timedelta(hours=6))
     assert clock() == START + timeouts.absolute
 

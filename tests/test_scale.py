@@ -5,7 +5,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -170,7 +170,7 @@ def cart(record: Record, turn: int) -> Record:
 
 def extended(record: Record, turn: int) -> Record:
     """Change the cart of a session that is due to be extended."""
-    return replace(cart(record, turn), expires_at=record.expires_at + MINUTE, last_seen_at=NOW + turn * MINUTE)
+    return cart(record, turn)._replace(expires_at=record.expires_at + MINUTE, last_seen_at=NOW + turn * MINUTE)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import base64
 import logging
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,14 +116,14 @@ async def spoil(url: str, site: Site, hidden: set[str]) -> list[str]:
     await attempt(forged, look)
     record = await site.record()
     hidden |= secrets_of([browser], [record])
-    for spoiled in (replace(record, user_id="x" * 10_000), replace(record, data=f'{{"{DATA}"'), make_record(data=DATA)):
+    for spoiled in (record._replace(user_id="x" * 10_000), record._replace(data=f'{{"{DATA}"'), make_record(data=DATA)):
         try:
-            await site.backend.insert(replace(spoiled, id=make_record().id))
+            await site.backend.insert(spoiled._replace(id=make_record().id))
             await site.backend.replace(spoiled, expecting(spoiled, site.clock()))
         except BackendError as error:
             told.append("".join(traceback.format_exception(error)))
     await site.backend.replace(
-        replace(record, data=f'["{DATA}"]'), Expected(record.version, record.secret_hash, site.clock())
+        record._replace(data=f'["{DATA}"]'), Expected(record.version, record.secret_hash, site.clock())
     )
     await attempt(browser, look)
     await sql(url, "DROP TABLE web_sessions")

@@ -316,7 +316,7 @@ async def test_fifty_writers_sqlite(sqlite_sessions_url: str) -> None:
 async def fill(url: str, rows: int) -> None:
     """Insert records in bulk: half of them have expired at START, and each user has a hundred."""
     values = [
-        {name: getattr(record, name) for name in Record.__slots__}
+        {name: getattr(record, name) for name in Record._fields}
         for n in range(rows)
         for record in [make_record(expires_at=START + (n - rows // 2) * MINUTE, user_id=f"user {n // 100}")]
     ]

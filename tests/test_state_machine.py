@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from datetime import datetime
 from typing import TypeVar
 from uuid import UUID
@@ -69,14 +68,14 @@ class BackendAgainstModel(RuleBasedStateMachine):
     def aged(self, record: Record) -> Record:
         """Return the record as one of these days."""
         last_seen_at, expires_at = self.shifted(record.last_seen_at), self.shifted(record.expires_at)
-        return replace(record, last_seen_at=last_seen_at, expires_at=expires_at)
+        return record._replace(last_seen_at=last_seen_at, expires_at=expires_at)
 
     @initialize(record=records)
     def begin(self, record: Record) -> None:
         """Each history starts with the same record under every id."""
         self.runner.run(self.backend.delete_all())
         for id_ in IDS:
-            self.insert(replace(record, id=id_))
+            self.insert(record._replace(id=id_))
 
     @rule()
     def advance(self) -> None:

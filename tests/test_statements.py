@@ -1,7 +1,6 @@
 """What is sent to a database, and how it stands beside another version of this library."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -49,7 +48,7 @@ async def test_next_version_beside_this_one(sessions_url: str, statements: list[
     backend = SQLAlchemyBackend(sessions_url)
     site = Site(backend, statements)
     browser = await site.visitor(count)
-    theirs = replace(await site.record(), format=FORMAT + 1)
+    theirs = (await site.record())._replace(format=FORMAT + 1)
     await sql(
         sessions_url, "UPDATE web_sessions SET format = :format, of_the_next_version = 'theirs'", format=theirs.format
     )

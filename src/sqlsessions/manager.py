@@ -12,11 +12,11 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum, auto
 from operator import is_
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 from weakref import WeakValueDictionary, ref
 
@@ -66,8 +66,7 @@ class Action(Enum):
     TOUCH = auto()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class Facts(NamedTuple):
     """What is known when a commit is decided."""
 
     #: A live row was loaded.
@@ -586,7 +585,7 @@ class Visit:
                 if not await self._delete(self._expected(draft.now)):
                     return False
                 self._put(ours)
-                await self._insert(replace(draft, data=ours, text=encode(ours, self._manager.limits)))
+                await self._insert(draft._replace(data=ours, text=encode(ours, self._manager.limits)))
             case Action.UPDATE | Action.RENEW:
                 if not await self._replace(draft):
                     return False
@@ -615,12 +614,12 @@ class Visit:
             persistent=manager.persistent if marks.persistent is None else marks.persistent,
             client=self._client(),
         )
-        record = replace(record, expires_at=manager.timeouts.expires_at(record))
+        record = record._replace(expires_at=manager.timeouts.expires_at(record))
         try:
             await manager.backend.insert(record)
         except DuplicateId:
             credential = Credential(new_id(draft.now), credential.secret)
-            record = replace(record, id=credential.id)
+            record = record._replace(id=credential.id)
             await manager.backend.insert(record)
         self._adopt(record, credential)
         self._settle(draft.data)
@@ -692,25 +691,25 @@ class Visit:
             FORMAT,
         )
         if renewed or marks.timeouts or timeouts.touch_due(before, draft.now):
-            record = replace(record, last_seen_at=max(before.last_seen_at, draft.now))
+            record = record._replace(last_seen_at=max(before.last_seen_at, draft.now))
             until = timeouts.expires_at(record)
             # Only an idle timeout of the session's own, or the loss of its user, may shorten what was promised.
             shorter = marks.timeouts or (draft.user is None and before.user_id is not None)
-            record = replace(record, expires_at=until if shorter else max(before.expires_at, until))
+            record = record._replace(expires_at=until if shorter else max(before.expires_at, until))
         return record
 
     async def _touch(self, draft: "_Draft") -> None:
         """Extend the expiry. A failure is an event and nothing more: the response does not depend on it."""
         self._touched_at = draft.now
         before, credential = self._standing()
-        until = self._manager.timeouts.expires_at(replace(before, last_seen_at=draft.now))
+        until = self._manager.timeouts.expires_at(before._replace(last_seen_at=draft.now))
         try:
             touched = await self._manager.backend.touch(before.id, before.secret_hash, now=draft.now, expires_at=until)
         except BackendError as error:
             self._emit("unavailable", detail=type(error).__name__)
             return
         if touched:
-            record = replace(before, last_seen_at=draft.now, expires_at=max(before.expires_at, until))
+            record = before._replace(last_seen_at=draft.now, expires_at=max(before.expires_at, until))
             self._adopt(record, credential, told=self._to_be_told(before, record))
 
     async def _delete(self, expected: Expected | None = None) -> bool:
@@ -775,7 +774,7 @@ class Visit:
         result = _apply(change, {})
         text = encode(result, self._manager.limits)
         if result:
-            draft = _Draft(Action.INSERT, text, self._user_in(result), self._manager.clock(), decode(text))
+            draft = _Draft(Action.INSERT, text, self._user_in(result), self._manager.clock(), decode(text), Marks())
             await self._insert(draft)
         self._put(merge({}, result, pending))
         return result
@@ -803,7 +802,8 @@ class Visit:
         text = encode(result, self._manager.limits)
         if text != before.data:
             marks, self.session.marks = self.session.marks, Marks()
-            record = self._next(before, _Draft(Action.UPDATE, text, before.user_id, now, result), before.secret_hash)
+            draft = _Draft(Action.UPDATE, text, before.user_id, now, result, Marks())
+            record = self._next(before, draft, before.secret_hash)
             self.session.marks = marks
             if not await self._manager.backend.replace(record, self._expected(now)):
                 return None
@@ -844,8 +844,7 @@ def _visit(
     return visit, session
 
 
-@dataclass(frozen=True, slots=True)
-class _Draft:
+class _Draft(NamedTuple):
     """What a commit is about to write."""
 
     action: Action
@@ -855,7 +854,7 @@ class _Draft:
     #: The items that *text* says.
     data: dict[str, Any]
     #: What the handler had asked for when this was decided.
-    marks: Marks = field(default_factory=Marks)
+    marks: Marks
 
 
 class _Turn:

@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 from uuid import UUID
 
 from sqlsessions.errors import ConfigurationError, InvalidData
@@ -45,8 +46,7 @@ def principal(user_id: object) -> str | None:
     return str(user_id)
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One stored session: what a backend keeps. Instants are aware UTC datetimes."""
 
     #: The public handle; safe to log and to show. It authenticates nobody.
@@ -77,8 +77,7 @@ class Record:
         return f"<Record {self.id} expires_at={self.expires_at.isoformat()}>"
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
+class Expected(NamedTuple):
     """What a row must still be for a compare-and-swap to write it: the version and secret read, and not expired at
     *now*.
     """

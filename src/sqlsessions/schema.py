@@ -176,7 +176,7 @@ class Statements:
     def __init__(self, table: sa.Table, dialect: str) -> None:
         self.table = table
         columns = table.c
-        record = [columns[name] for name in Record.__slots__]
+        record = [columns[name] for name in Record._fields]
         live = _live(table)
         this = _named(table)
         before = columns.expires_at <= sa.bindparam("before", type_=UtcDateTime)

@@ -13,7 +13,6 @@ Needs pytest, and anyio's plugin for it, which comes with Starlette. Assertions 
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -82,7 +81,7 @@ def expecting(record: Record, now: datetime = START) -> Expected:
 
 def following(record: Record, **fields: Any) -> Record:
     """Return the next version of *record*, with *fields* replaced."""
-    return replace(record, **{"version": next_version(record.version), **fields})
+    return record._replace(**{"version": next_version(record.version), **fields})
 
 
 @pytest.mark.anyio
@@ -336,7 +335,7 @@ class BackendConformance:
         await backend.insert(record)
         now, later = START + MINUTE, record.expires_at + MINUTE + MICROSECOND
         assert await backend.touch(record.id, record.secret_hash, now=now, expires_at=later) is True
-        assert _same(await backend.load(record.id, START), replace(record, last_seen_at=now, expires_at=later))
+        assert _same(await backend.load(record.id, START), record._replace(last_seen_at=now, expires_at=later))
 
     async def test_touch_never_shortens(self, backend: Backend) -> None:
         """A touch with an earlier expires_at counts as a use but leaves the expiry where it is."""
@@ -344,7 +343,7 @@ class BackendConformance:
         await backend.insert(record)
         now = START + MINUTE
         assert await backend.touch(record.id, record.secret_hash, now=now, expires_at=now + MICROSECOND) is True
-        assert await backend.load(record.id, START) == replace(record, last_seen_at=now)
+        assert await backend.load(record.id, START) == record._replace(last_seen_at=now)
 
     async def test_touch_goes_forward(self, backend: Backend) -> None:
         """A touch at or before last_seen_at does nothing."""
@@ -398,8 +397,8 @@ class BackendConformance:
         assert sorted(done) == [False] * (PARALLEL - 1) + [True]
         await _in_parallel([touch(START + n * MINUTE) for n in range(PARALLEL, 0, -1)])
         last = START + PARALLEL * MINUTE
-        assert await backend.load(record.id, START) == replace(
-            record, last_seen_at=last, expires_at=last + timedelta(days=14)
+        assert await backend.load(record.id, START) == record._replace(
+            last_seen_at=last, expires_at=last + timedelta(days=14)
         )
 
     async def test_touch_between_read_and_replace(self, backend: Backend) -> None:
@@ -712,7 +711,7 @@ class BackendConformance:
 def _same(found: Record | None, record: Record) -> bool:
     """Assert that two records are equal, field by field and type by type, and every instant of *found* is in UTC."""
     assert found == record
-    for name in Record.__slots__:
+    for name in Record._fields:
         value, wanted = getattr(found, name), getattr(record, name)
         assert isinstance(value, type(wanted)), name
         if isinstance(value, datetime):
@@ -723,8 +722,8 @@ def _same(found: Record | None, record: Record) -> bool:
 def _unmet(record: Record, stale: str) -> Expected:
     """Return an expectation that *record* does not meet."""
     return {
-        "version": replace(expecting(record), version=record.version - 1),
-        "secret": replace(expecting(record), secret_hash=bytes(32)),
+        "version": expecting(record)._replace(version=record.version - 1),
+        "secret": expecting(record)._replace(secret_hash=bytes(32)),
         "expired": expecting(record, record.expires_at),
     }[stale]
 

@@ -87,8 +87,8 @@ def row(data: bytes) -> None:
     """Load a session from a row of any values in any columns: never an error, and a reason wherever it is refused
     (R99).
     """
-    kinds, rest = data[: len(Record.__slots__)].ljust(len(Record.__slots__), b"\0"), data[len(Record.__slots__) :]
-    columns = {name: column(kind, rest, name) for name, kind in zip(Record.__slots__, kinds, strict=True)}
+    kinds, rest = data[: len(Record._fields)].ljust(len(Record._fields), b"\0"), data[len(Record._fields) :]
+    columns = {name: column(kind, rest, name) for name, kind in zip(Record._fields, kinds, strict=True)}
     asyncio.run(_visited(columns))
 
 

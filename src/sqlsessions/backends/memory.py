@@ -1,7 +1,6 @@
 """A backend that forgets: the executable specification of the contract, for tests and first steps."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
@@ -43,7 +42,7 @@ class InMemoryBackend(Revocation):
         found = self._records.get(id)
         if found is None or found.secret_hash != secret_hash or found.expires_at <= now or found.last_seen_at >= now:
             return False
-        self._records[id] = replace(found, last_seen_at=now, expires_at=max(found.expires_at, expires_at))
+        self._records[id] = found._replace(last_seen_at=now, expires_at=max(found.expires_at, expires_at))
         return True
 
     async def delete(self, id: UUID, expected: Expected | None = None) -> bool:  # noqa: A002

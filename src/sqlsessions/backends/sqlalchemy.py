@@ -6,7 +6,6 @@ import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from operator import attrgetter
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -52,8 +51,6 @@ _PAUSES = (0.02, 0.04, 0.08)
 
 #: Tells by the version and hash that are stored, or None, whether a write was done; None for "not yet".
 Done = Callable[[Any], bool | None]
-
-_FIELDS = attrgetter(*Record.__slots__)
 
 #: An instant at which every record has expired.
 _FOREVER = datetime.max.replace(tzinfo=UTC)
@@ -495,7 +492,7 @@ def _unchanged(id: UUID, expected: Expected) -> dict[str, Any]:  # noqa: A002
 
 
 def _values(record: Record) -> dict[str, Any]:
-    return dict(zip(Record.__slots__, _FIELDS(record), strict=True))
+    return record._asdict()
 
 
 def _inserted(record: Record) -> Done:
