@@ -10,7 +10,7 @@ one action owed; a compare-and-swap carries it out
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple
 from uuid import UUID
 from weakref import WeakValueDictionary, ref
 
-from sqlsessions.backends.base import Backend, UserSessions
+from sqlsessions.backends.base import Backend, UserSessions, detached
+from sqlsessions.commits import Commit, Work, drain
 from sqlsessions.credentials import CookieSigner, Credential, new_id, new_secret, proves
 from sqlsessions.errors import (
     BackendError,
@@ -163,8 +164,9 @@ class SessionManager:
         self.emit = emitter(on_event)
         self.clock = clock
         self.turns = _Turns()
-        #: Those under way, each with its session.
-        self._commits: dict[asyncio.Task[None], Session] = {}
+        #: Those under way.
+        self._commits: set[Commit] = set()
+        self._apart = not detached(backend)
 
     def open(
         self, values: Sequence[bytes] | None, *, client: Callable[[], str | None] = lambda: None
@@ -187,25 +189,13 @@ class SessionManager:
             self.emit(Event("duplicate_cookie" if genuine else "bad_signature"))
         return _visit(self, None, stale_key=False, client=client)
 
-    def begin(self, commit: Coroutine[Any, Any, None], session: Session) -> asyncio.Task[None]:
-        """Return the *commit* of *session* under way, as a task of its own: a client that disconnects leaves nothing
-        half-way.
-        """
-        task = asyncio.create_task(commit)
-        self._commits[task] = session
-        task.add_done_callback(self._settled)
-        return task
+    def commit(self, work: Work, session: Session, *, failed: Callable[[Exception], None]) -> Commit:
+        """Return what does *work* on *session* when it is awaited: whole, even if a client disconnects meanwhile."""
+        return Commit(work, session, self._commits, failed, apart=self._apart)
 
     async def drain(self) -> None:
         """Wait for the commits whose callers have gone."""
-        loop = asyncio.get_running_loop()
-        while running := {task for task in self._commits if task.get_loop() is loop}:
-            await asyncio.wait(running)
-
-    def _settled(self, task: asyncio.Task[None]) -> None:
-        del self._commits[task]
-        if not task.cancelled():
-            task.exception()  # the caller may have gone: nobody else will look
+        await drain(self._commits)
 
 
 class Visit:
@@ -230,7 +220,7 @@ class Visit:
         #: When a touch was last tried, done or not.
         self._touched_at: datetime | None = None
         #: The latest commit, perhaps under way still.
-        self._commit: asyncio.Task[None] | None = None
+        self._commit: Commit | None = None
         #: The stored row, as last loaded or committed.
         self.record: Record | None = None
         #: Whether the row is bound to the user that its data names, by the settings of now.
@@ -367,18 +357,18 @@ class Visit:
             return
         if failed and not self.session.marks.ended:
             return
-        if self._commit is not None and not self._commit.done():
+        if self._commit is not None and not self._commit.over:
             # As one piece: a logout stays one whose caller is cancelled once more while it waits its turn.
             await self._whole(self._follow(self._commit, failed=failed, may_touch=may_touch))
         elif (work := self._owed(failed=failed, may_touch=may_touch)) is not None:
             await self._whole(work)
 
-    async def _follow(self, previous: asyncio.Task[None], *, failed: bool, may_touch: Callable[[], bool]) -> None:
-        await asyncio.wait({previous})
+    async def _follow(self, previous: Commit, *, failed: bool, may_touch: Callable[[], bool]) -> None:
+        await asyncio.wait({previous.ended()})
         if (work := self._owed(failed=failed, may_touch=may_touch)) is not None:
             await work
 
-    def _owed(self, *, failed: bool, may_touch: Callable[[], bool]) -> Coroutine[Any, Any, None] | None:
+    def _owed(self, *, failed: bool, may_touch: Callable[[], bool]) -> Work | None:
         """Return the work that is owed now; None if there is none."""
         draft = self._draft(failed=failed, may_touch=may_touch)
         # A logout that could not find its session must not look like one that did.
@@ -394,14 +384,13 @@ class Visit:
 
     async def _previous(self) -> None:
         """Wait for a commit of this very request: one in another task, or one whose caller was cancelled."""
-        while self._commit is not None and not self._commit.done():
-            await asyncio.wait({self._commit})
+        while self._commit is not None and not self._commit.over:
+            await asyncio.wait({self._commit.ended()})
 
-    async def _whole(self, work: Coroutine[Any, Any, None]) -> None:
-        """Await *work*, which goes on to its end even if the caller is cancelled."""
-        outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._commit = self._manager.begin(self._told(work, outcome), self.session)
-        await outcome
+    def _whole(self, work: Work) -> Commit:
+        """Return what is to be awaited for *work*, which goes on to its end even if the caller is cancelled."""
+        self._commit = self._manager.commit(work, self.session, failed=self._refused)
+        return self._commit
 
     def nothing_owed(self) -> bool:
         """Tell, without encoding anything, whether a commit would do nothing, as most do.
@@ -411,7 +400,7 @@ class Visit:
         session, record, stored = self.session, self.record, self._as_stored
         if session.written or session.lent or self._stale_key or session.marks.any:
             return False
-        if self._commit is not None and not self._commit.done():
+        if self._commit is not None and not self._commit.over:
             return False
         if record is None or stored is None:
             return record is None and not dict.__len__(session)
@@ -524,25 +513,12 @@ class Visit:
             return False
         return self._stale_key or (self.session.accessed and timeouts.touch_due(record, now))
 
-    async def _told(self, work: Coroutine[Any, Any, None], outcome: asyncio.Future[None]) -> None:
-        """Await *work* and hand its end on to *outcome*; of a backend that could not do it, tell even if nobody waits
-        for it any more.
-        """
-        try:
-            await work
-        except Exception as error:  # noqa: BLE001 - the caller's
-            if isinstance(error, BackendError):
-                self._emit("unavailable", detail=type(error).__name__)
-            if isinstance(error, (BackendError, SessionConflict, SessionGone)):
-                self.refusal = error
-            if not outcome.done():
-                outcome.set_exception(error)
-        else:
-            if not outcome.done():
-                outcome.set_result(None)
-        finally:
-            # Of an event loop that ends: nobody else will look.
-            outcome.cancel()
+    def _refused(self, error: Exception) -> None:
+        """Tell of a commit that failed, even if nobody waits for it any more."""
+        if isinstance(error, BackendError):
+            self._emit("unavailable", detail=type(error).__name__)
+        if isinstance(error, (BackendError, SessionConflict, SessionGone)):
+            self.refusal = error
 
     async def _carry_out(self, draft: "_Draft", *, failed: bool, may_touch: Callable[[], bool]) -> None:
         """Perform *draft*; whenever another writer was faster, load and merge and decide again."""

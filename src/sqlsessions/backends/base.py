@@ -123,6 +123,16 @@ class _Found(Protocol):
     async def delete(self, id: UUID, expected: Expected | None = None) -> bool: ...  # noqa: A002
 
 
+def detached(backend: object) -> bool:
+    """Tell whether the operations of *backend* belong to themselves: cancelling who waits for one cancels nothing, and
+    any other task may go on waiting.
+
+    The class says so by ``detached = True``, and a subclass says so again: what it adds may depend on its task, as
+    ``asyncio.timeout`` and task groups do.
+    """
+    return bool(vars(type(backend)).get("detached"))
+
+
 def owner(user_id: str | int) -> str:
     """Return *user_id* as records hold it; raise `InvalidData` for nobody."""
     user = principal(user_id)

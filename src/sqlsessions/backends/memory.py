@@ -12,6 +12,9 @@ from sqlsessions.record import Expected, Record, utc_now
 class InMemoryBackend(Revocation):
     """Keeps records in this process until it ends. Not shared between workers; for tests and development."""
 
+    #: Nothing here waits.
+    detached = True
+
     def __init__(self) -> None:
         self._records: dict[UUID, Record] = {}
 

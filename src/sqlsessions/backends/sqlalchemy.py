@@ -70,6 +70,9 @@ class SQLAlchemyBackend(Revocation):
     *batch* False each goes by itself. None takes longer than *deadline*, whatever the server does.
     """
 
+    #: What is begun is the lanes' and the supervisor's.
+    detached = True
+
     def __init__(
         self,
         engine: str | sa.URL | AsyncEngine,
