@@ -1,8 +1,10 @@
 """Ids are unique, secrets random, and one spelling of one signature by one of our keys is the only cookie there is."""
 
 import base64
+import copy
 import hashlib
 import os
+import pickle
 import re
 import secrets
 import time
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import hypothesis
 import itsdangerous
@@ -322,3 +325,17 @@ def test_forgery_costs_little() -> None:
         for value in forged:
             assert one.unsign(value) is None
     assert time.process_time() - begun < 1
+
+
+def test_ids_are_like_any_other() -> None:
+    """The id of a cookie is a UUID like any other: equal, hashed, shown, copied and pickled alike."""
+    credential, _ = signer().unsign(signer().sign(CREDENTIAL).encode()) or (None, False)
+    assert credential is not None
+    usual = UUID(str(credential.id))
+    assert credential.id == usual
+    assert {credential.id: 1}[usual] == 1
+    assert repr(credential.id) == repr(usual)
+    assert (credential.id.bytes, credential.id.version, credential.id.is_safe) == (usual.bytes, 7, usual.is_safe)
+    assert pickle.loads(pickle.dumps(credential.id)) == copy.deepcopy(credential.id) == usual  # noqa: S301 - our own
+    with pytest.raises(TypeError):
+        credential.id.int = 1  # type: ignore[misc]

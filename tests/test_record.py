@@ -221,7 +221,7 @@ def test_make_record() -> None:
     assert other.data == "{}"
     assert following(one).version > one.version
     assert following(one, data="{}").data == "{}"
-    assert Expected(one.version, one.secret_hash, START) == expecting(one)
+    assert Expected(one.version, one.secret_hash, START, one) == expecting(one)
 
 
 def test_versions() -> None:

@@ -201,6 +201,12 @@ class SessionManager:
 class Visit:
     """One request's dealings with its session: what was loaded, what is owed. The session's `SessionOps`."""
 
+    __slots__ = (
+        "_as_stored", "_client", "_commit", "_credential", "_failure", "_gone", "_loaded", "_manager",
+        "_names_its_user", "_presented", "_session", "_stale_key", "_touched_at", "cookie", "headers_sent", "record",
+        "refusal",
+    )  # fmt: skip
+
     def __init__(
         self,
         manager: SessionManager,
@@ -309,7 +315,11 @@ class Visit:
         self._failure = None
         if self._credential is not None:
             try:
-                await self._admit(self._credential)
+                refusal = await self._look(self._credential)
+                if refusal is not None:
+                    self._emit(refusal)
+                    # Not adopted: a client does not choose an id (R2).
+                    self._credential = None
             except BackendError as error:
                 self._failure = error
                 self._emit("unavailable", detail=type(error).__name__)
@@ -445,15 +455,6 @@ class Visit:
         dict.update(session, data)
         session.written = False
 
-    async def _admit(self, credential: Credential) -> None:
-        """Load the session *credential* is for, or leave the visitor anonymous and say why. A client's id is never
-        adopted (R2).
-        """
-        refusal = await self._look(credential)
-        if refusal is not None:
-            self._emit(refusal)
-            self._credential = None
-
     async def _look(self, credential: Credential) -> EventKind | None:
         """Take the row as it is stored now for the session; return why it is not this visitor's, if it is not."""
         now = self._manager.clock()
@@ -486,17 +487,19 @@ class Visit:
         if not quiet and (record is not None or not empty):
             text = encode(data, self._manager.limits, known=known, stored=self._as_stored, lent=session.lent)
         before = record.user_id if record is not None and not marks.ended else None
+        changed = known is not None and not quiet and text != known
         facts = Facts(
             stored=record is not None,
             gone=self._gone,
             ended=marks.ended,
             failed=failed,
             empty=empty,
-            changed=known is not None and not quiet and text != known,
+            changed=changed,
             switched=not quiet and before is not None and user is not None and user != before,
             renewed=not quiet and (user != before or marks.renew or marks.login is not None),
             settings=marks.timeouts or marks.persistent is not None,
-            touch_due=self._touch_due(now) and may_touch(),
+            # Any change is a sign of use as well.
+            touch_due=not changed and self._touch_due(now) and may_touch(),
         )
         action = Action.NOTHING if quiet and not failed else decide(facts)
         return _Draft(action, text, user, now, data, replace(marks) if marks.any else Marks())
@@ -541,6 +544,9 @@ class Visit:
                 "a new session, renew() or login() needs a cookie, but the response headers have been sent"
             )
         match draft.action:
+            case Action.UPDATE | Action.RENEW:
+                if not await self._replace(draft):
+                    return False
             case Action.NOTHING:
                 return True
             case Action.TOUCH:
@@ -562,9 +568,6 @@ class Visit:
                     return False
                 self._put(ours)
                 await self._insert(draft._replace(data=ours, text=encode(ours, self._manager.limits)))
-            case Action.UPDATE | Action.RENEW:
-                if not await self._replace(draft):
-                    return False
         # The handler may have gone on meanwhile, and asked for more, such as an end: that is still owed.
         if draft.marks.any and self.session.marks == draft.marks:
             self.session.marks = Marks()
@@ -800,7 +803,7 @@ class Visit:
 
     def _expected(self, now: datetime) -> Expected:
         record, _ = self._standing()
-        return Expected(record.version, record.secret_hash, now)
+        return Expected(record.version, record.secret_hash, now, record)
 
     def _conflict(self) -> SessionConflict:
         self._emit("conflict")

@@ -234,6 +234,11 @@ class _Exchange:
     fails.
     """
 
+    __slots__ = (
+        "_begun", "_closed", "_failed", "_failure", "_headers", "_on_error", "_on_gone", "_receive", "_scope", "_send",
+        "_visit",
+    )  # fmt: skip
+
     def __init__(
         self,
         visit: Visit,

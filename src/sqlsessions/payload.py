@@ -50,21 +50,22 @@ def encode(
     *known* is the text that *stored* was decoded from. What is still the same object is not inspected again, which
     for a cart of twenty things is most of the cost of a session, unless somebody was *lent* it and the text differs.
     """
-    kept = {} if stored is None else {key: value for key, value in data.items() if value is stored.get(key, stored)}
+    items = list(data.items())
+    fresh = items if stored is None else [item for item in items if item[1] is not stored.get(item[0], stored)]
     inspector = _Inspector(limits.max_bytes)
     try:
         _check_keys(data, limits)
         # Before there is any text: 20 MB of somebody's would become 40.
-        inspector.mapping([item for item in data.items() if item[0] not in kept], (), 1)
+        inspector.mapping(fresh, (), 1)
         text = _unchecked(data) if known is not None else None
         if text is not None and text == known:
             return known
-        if lent or text is None:
-            inspector.mapping(kept.items(), (), 1)
+        if stored is not None and (lent or text is None):
+            inspector.mapping([item for item in items if item[1] is stored.get(item[0], stored)], (), 1)
         return _measured(text or _encode(_plain(data)), limits)
     except InvalidData:
         # Over limits that were lowered since, or spelled otherwise than we would; but nobody has changed it.
-        unset = stored is None or len(kept) == len(data)
+        unset = stored is None or not fresh
         if known is not None and unset and _unchecked(data) == _unchecked(decode(known)):
             return known
         raise
@@ -99,13 +100,14 @@ def decode(text: object) -> dict[str, Any]:
     if not isinstance(text, str):
         raise CorruptData(f"stored data is {type(text).__name__}, not text")
     try:
-        data = _parsed(text.lstrip())
+        data = _parsed(text)
     except (ValueError, RecursionError):
         # The cause would carry the document into a traceback.
         raise CorruptData("stored data is not valid JSON") from None
     if type(data) is not dict:
         raise CorruptData(f"stored data is a JSON {type(data).__name__}, not an object")
-    if not text.isascii() or "\\u" in text:
+    # One character is found twenty times as fast as two.
+    if not text.isascii() or ("\\" in text and "\\u" in text):
         _check_text(data)
     # Brackets within strings count too: fewer than this many cannot be deep, more may be.
     if text.count("{") + text.count("[") > MAX_DEPTH and _too_deep(data):
@@ -114,9 +116,12 @@ def decode(text: object) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    data, end = _raw_decode(text)
-    # Only what `encode` did not write has anything behind it.
-    return data if end == len(text) else _decode(text)
+    # Only what `encode` did not write has anything before or behind it.
+    if text.startswith("{"):
+        data, end = _raw_decode(text)
+        if end == len(text):
+            return data
+    return _decode(text)
 
 
 def changed_keys(baseline: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:

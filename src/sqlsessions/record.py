@@ -19,6 +19,8 @@ _TOUCH = timedelta(minutes=5)
 #: Characters of a user id: the width of its column.
 MAX_USER_ID = 255
 
+#: Fewer than 255 decimal digits and a sign.
+_FEW_BITS = 800
 #: More than 255 decimal digits, and fewer than the 4,300 that Python refuses to print.
 _MANY_BITS = 10_000
 
@@ -37,6 +39,8 @@ def principal(user_id: object) -> str | None:
     if user_id is None:
         return None
     if type(user_id) is int and user_id.bit_length() < _MANY_BITS:
+        if user_id.bit_length() < _FEW_BITS:
+            return str(user_id)
         user_id = str(user_id)
     if not isinstance(user_id, str) or not 1 <= len(user_id) <= MAX_USER_ID or not _storable(user_id):
         raise InvalidData(
@@ -85,6 +89,9 @@ class Expected(NamedTuple):
     version: int
     secret_hash: bytes
     now: datetime
+    #: The record as it was read, if the caller has it. A backend may leave alone
+    #: what is the same in the new one.
+    record: Record | None = None
 
     def __repr__(self) -> str:
         return f"<Expected version={self.version}>"

@@ -190,6 +190,8 @@ class Statements:
         inserted = _telling(sa.insert(table), dialect)
         self.insert = Write(inserted, inserted, inserted)
         self.replace = _forms(sa.update(table), dialect, _unchanged)
+        #: Of the data and the version alone. What a statement sets is what it is first spelled with.
+        self.replace_data = _forms(sa.update(table), dialect, _unchanged)
         self.touch = _forms(
             sa.update(table).values(
                 last_seen_at=sa.bindparam("seen", type_=UtcDateTime), expires_at=_later(columns.expires_at)

@@ -76,7 +76,7 @@ def make_record(**fields: Any) -> Record:
 
 def expecting(record: Record, now: datetime = START) -> Expected:
     """Return what a writer expects that read *record* and writes at *now*."""
-    return Expected(record.version, record.secret_hash, now)
+    return Expected(record.version, record.secret_hash, now, record)
 
 
 def following(record: Record, **fields: Any) -> Record:
@@ -219,8 +219,9 @@ class BackendConformance:
 
     # replace
 
-    async def test_replace(self, backend: Backend) -> None:
-        """A record that is as expected is replaced in every field."""
+    @pytest.mark.parametrize("known", [True, False])
+    async def test_replace(self, backend: Backend, known: bool) -> None:  # noqa: FBT001
+        """A record that is as expected is replaced in every field, whether or not the caller has what was read."""
         record = make_record(client="{}", authenticated_at=START, idle_timeout=60, user_id="before")
         await backend.insert(record)
         changed = Record(
@@ -238,6 +239,32 @@ class BackendConformance:
             client=None,
             format=FORMAT + 1,
         )
+        expected = expecting(record) if known else expecting(record)._replace(record=None)
+        assert await backend.replace(changed, expected) is True
+        assert _same(await backend.load(record.id, START), changed)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            pytest.param({"data": '{"changed":true}'}, id="data"),
+            pytest.param({"secret_hash": bytes(32)}, id="secret_hash"),
+            pytest.param({"user_id": "after"}, id="user_id"),
+            pytest.param({"user_id": None}, id="user_id-gone"),
+            pytest.param({"created_at": START + MICROSECOND}, id="created_at"),
+            pytest.param({"last_seen_at": START + MICROSECOND}, id="last_seen_at"),
+            pytest.param({"expires_at": START + MINUTE}, id="expires_at"),
+            pytest.param({"authenticated_at": START}, id="authenticated_at"),
+            pytest.param({"idle_timeout": 61}, id="idle_timeout"),
+            pytest.param({"persistent": True}, id="persistent"),
+            pytest.param({"client": None}, id="client"),
+            pytest.param({"format": FORMAT + 1}, id="format"),
+        ],
+    )
+    async def test_replace_one_field(self, backend: Backend, fields: dict[str, Any]) -> None:
+        """A single field that differs from the record that was read is replaced, and no other is."""
+        record = make_record(client="{}", idle_timeout=60, user_id="before")
+        await backend.insert(record)
+        changed = following(record, **fields)
         assert await backend.replace(changed, expecting(record)) is True
         assert _same(await backend.load(record.id, START), changed)
 

@@ -32,7 +32,8 @@ class Backend(Protocol):
         """Store *record* over the one of the same id, if that one still matches *expected*; tell whether it did.
 
         The comparison and the write are one step: of parallel calls with the same *expected*, one returns True. False
-        leaves everything as it was; an absent or expired record is never created.
+        leaves everything as it was; an absent or expired record is never created. Where *expected* holds the record
+        that was read, what does not differ from it need not be written.
         """
 
     async def touch(self, id: UUID, secret_hash: bytes, *, now: datetime, expires_at: datetime) -> bool:  # noqa: A002

@@ -130,16 +130,14 @@ class Lane(Generic[W, R]):
         loop = asyncio.get_running_loop()
         waiter: _Waiter[W, R] = _Waiter(work, loop.create_future(), loop.time() + self._supervisor.deadline)
         self._open.append(waiter)
-        self._add(waiter)
-        return await waiter.future
-
-    def _add(self, waiter: _Waiter[W, R]) -> None:
         self._waiting.append(waiter)
-        self._depart()
+        if self._prompt < self._flights:
+            self._depart()
+        return await waiter.future
 
     def _depart(self) -> None:
         """Send what waits, unless as much as may be is on its way."""
-        if self._prompt >= self._flights or not any(self._may_go(waiter) for waiter in self._waiting):
+        if self._prompt >= self._flights or not any(map(self._may_go, self._waiting)):
             return
         self._prompt += 1
         flight: _Flight[W, R] = _Flight()
@@ -174,7 +172,8 @@ class Lane(Generic[W, R]):
             if load and room < 0:
                 left.append(waiter)
                 break
-            self._aloft.add(waiter.work.id)
+            if not self._shared:
+                self._aloft.add(waiter.work.id)
             waiter.sent = True
             load.append(waiter)
         self._waiting.extendleft(reversed(left))
@@ -209,7 +208,8 @@ class Lane(Generic[W, R]):
     def _retry(self, waiter: _Waiter[W, R]) -> None:
         self._expire()
         if not waiter.over:
-            self._add(waiter)
+            self._waiting.append(waiter)
+            self._depart()
 
     def _overdue(self, flight: _Flight[W, R], now: float) -> None:
         """See to a flight that is still on its way: what waits does not wait for one that is slow."""
@@ -228,7 +228,8 @@ class Lane(Generic[W, R]):
                 self._settle(waiter, error)
         while self._open and self._open[0].over:
             self._open.popleft()
-        self._aloft.difference_update(waiter.work.id for waiter in flight.load)
+        if not self._shared:
+            self._aloft.difference_update([waiter.work.id for waiter in flight.load])
         if flight.slow:
             self._slow -= 1
         else:

@@ -3,9 +3,10 @@
 import asyncio
 import os
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -51,6 +52,9 @@ _PAUSES = (0.02, 0.04, 0.08)
 
 #: Tells by the version and hash that are stored, or None, whether a write was done; None for "not yet".
 Done = Callable[[Any], bool | None]
+
+#: What most changes to a session leave as it is.
+_BESIDES = attrgetter(*(name for name in Record._fields if name not in ("data", "version")))
 
 #: An instant at which every record has expired.
 _FOREVER = datetime.max.replace(tzinfo=UTC)
@@ -99,35 +103,51 @@ class SQLAlchemyBackend(Revocation):
     def __repr__(self) -> str:
         return f"<SQLAlchemyBackend {self._statements.table.fullname!r} on {self._model.dialect.name}>"
 
-    async def load(self, id: UUID, now: datetime) -> Record | None:  # noqa: A002
+    def load(self, id: UUID, now: datetime) -> Coroutine[Any, Any, Record | None]:  # noqa: A002
         """Return the record, or None if it is absent or has expired. One SELECT by primary key, shared with all that
         wait for one at the same moment.
 
         Raises `CorruptData` for a row that this library cannot have written.
         """
-        return await (self._at_hand() or await self._opened()).read(_Read(id, {"the_id": id, "now": now}))
+        room, read = self._at_hand(), _Read(id, {"the_id": id, "now": now})
+        return self._load(read) if room is None else room.read(read)
+
+    async def _load(self, read: "_Read") -> Record | None:
+        return await (await self._opened()).read(read)
 
     async def insert(self, record: Record) -> None:
         """Store a new record: one INSERT. Raise `DuplicateId` rather than overwrite."""
         await self._write(self._statements.insert, record.id, _values(record), _inserted(record))
 
-    async def replace(self, record: Record, expected: Expected) -> bool:
-        """Store *record* if the row still matches *expected*: one UPDATE."""
-        values = _values(record)
-        del values["id"]
-        values.update(_unchanged(record.id, expected))
-        return await self._write(self._statements.replace, record.id, values, _replaced(record, expected))
+    def replace(self, record: Record, expected: Expected) -> Coroutine[Any, Any, bool]:
+        """Store *record* if the row still matches *expected*: one UPDATE, of the data alone if nothing else is new."""
+        values = _unchanged(record.id, expected)
+        if expected.record is not None and _BESIDES(record) == _BESIDES(expected.record):
+            write = self._statements.replace_data
+            values["data"], values["version"] = record.data, record.version
+        else:
+            write = self._statements.replace
+            values.update(_values(record))
+            del values["id"]
+        return self._write(write, record.id, values, _replaced(record, expected))
 
-    async def touch(self, id: UUID, secret_hash: bytes, *, now: datetime, expires_at: datetime) -> bool:  # noqa: A002
+    def touch(
+        self,
+        id: UUID,  # noqa: A002
+        secret_hash: bytes,
+        *,
+        now: datetime,
+        expires_at: datetime,
+    ) -> Coroutine[Any, Any, bool]:
         """Move ``last_seen_at`` and, forward only, ``expires_at``: one UPDATE that leaves data and version alone."""
         values = {"the_id": id, "the_secret_hash": secret_hash, "now": now, "seen": now, "until": expires_at}
-        return await self._write(self._statements.touch, id, values)
+        return self._write(self._statements.touch, id, values)
 
-    async def delete(self, id: UUID, expected: Expected | None = None) -> bool:  # noqa: A002
+    def delete(self, id: UUID, expected: Expected | None = None) -> Coroutine[Any, Any, bool]:  # noqa: A002
         """Delete the row, or only if it still matches *expected*: one DELETE."""
         if expected is None:
-            return await self._write(self._statements.delete, id, {"the_id": id})
-        return await self._write(self._statements.delete_unchanged, id, _unchanged(id, expected), _deleted(expected))
+            return self._write(self._statements.delete, id, {"the_id": id})
+        return self._write(self._statements.delete_unchanged, id, _unchanged(id, expected), _deleted(expected))
 
     async def purge(self, before: datetime, limit: int) -> int:
         """Delete one batch of expired rows, found by the expiry index and checked again by the DELETE."""
@@ -194,14 +214,19 @@ class SQLAlchemyBackend(Revocation):
         room = self._at_hand() or await self._opened()
         return await room.supervisor.run(lambda lease: _translated(operation(_Turn(room.connections, lease))))
 
-    async def _write(
+    def _write(
         self,
         write: Write,
         id: UUID,  # noqa: A002
         parameters: dict[str, Any],
         done: Done | None = None,
-    ) -> bool:
-        return await (self._at_hand() or await self._opened()).write(_Change(id, parameters, write, done))
+    ) -> Coroutine[Any, Any, bool]:
+        # No coroutine around the lane's own: each that waits is left and entered again.
+        room, change = self._at_hand(), _Change(id, parameters, write, done)
+        return self._change(change) if room is None else room.write(change)
+
+    async def _change(self, change: "_Change") -> bool:
+        return await (await self._opened()).write(change)
 
     def _at_hand(self) -> "_Room | None":
         """Return the running event loop's room, if it has one in this process."""
