@@ -21,8 +21,8 @@ from uuid import UUID
 from weakref import WeakValueDictionary, ref
 
 from sqlsessions.backends.base import Backend, UserSessions, detached
-from sqlsessions.commits import Commit, Work, drain
 from sqlsessions.credentials import CookieSigner, Credential, new_id, new_secret, proves
+from sqlsessions.errands import Commit, Work, drain
 from sqlsessions.errors import (
     BackendError,
     BackendTimeout,

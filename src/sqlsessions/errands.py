@@ -1,0 +1,188 @@
+"""Work that is done whole: by the task that asks for it, and once that leaves, by one that takes over.
+
+A client that goes away must leave nothing half-way. A task for every piece of work would see to that as well, and takes
+longer to make and to wait for than most work does.
+"""
+
+import asyncio
+import types
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
+from typing import Any
+
+Work = Coroutine[Any, Any, None]
+
+
+class Errand:
+    """Does *work* when it is awaited, in the caller's task as long as that stays.
+
+    The caller leaves when it is cancelled, or when somebody calls `leave`; the rest is another task's then. That suits
+    work which does not ask what task it is in, as timeouts and task groups do.
+    """
+
+    __slots__ = ("_gate", "_loop", "_task", "_waited", "_work", "over")
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[None] | None = None
+        #: What the work waits for: a future, or None for a turn of the event loop.
+        self._waited: Any = None
+        #: What the caller waits for, so that its cancellation stays its own.
+        self._gate: asyncio.Future[None] | None = None
+        #: Whether it has come to its end, whatever that is.
+        self.over = False
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Do the work, and raise what it raises; return early if the caller has been made to leave."""
+        self._step()
+        while not self.over:
+            try:
+                yield from self._pause()
+            except asyncio.CancelledError:
+                self.leave()
+                raise
+            except BaseException:  # the end of the caller itself, as of its event loop
+                self._work.close()
+                self._end(None)
+                raise
+            if self._task is not None:
+                return
+            self._step()
+
+    def leave(self) -> None:
+        """Have another task do what is left."""
+        if self.over or self._task is not None:
+            return
+        self._task = self._loop.create_task(self._rest())
+        if self._gate is not None:
+            _open(self._gate, None)
+
+    def cancel(self) -> None:
+        """Cancel the work, though not its caller."""
+        self.leave()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _step(self, error: BaseException | None = None) -> None:
+        """Go on until the work waits or is over; with *error*, raise that in it."""
+        try:
+            self._waited = self._work.send(None) if error is None else self._work.throw(error)
+        except StopIteration:
+            self._end(None)
+        except BaseException as raised:
+            self._end(raised)
+            raise
+        else:
+            if self._waited is not None:
+                # As a task does with a future that it is given to wait for.
+                self._waited._asyncio_future_blocking = False  # noqa: SLF001
+
+    def _pause(self) -> Generator[Any, None, None]:
+        if self._waited is None:
+            yield
+            return
+        self._gate = self._loop.create_future()
+        self._waited.add_done_callback(partial(_open, self._gate))
+        yield from self._gate
+
+    async def _rest(self) -> None:
+        try:
+            while not self.over:
+                try:
+                    await _turn(self._waited)
+                except asyncio.CancelledError as error:
+                    self._step(error)
+                else:
+                    self._step()
+        except Exception:  # noqa: BLE001 - `_end` has been told, and nobody else is there
+            return
+
+    def _end(self, error: BaseException | None) -> None:  # noqa: ARG002 - for those who want to know
+        """Note that the work is over, by *error* or well."""
+        self.over = True
+
+
+@types.coroutine
+def _turn(waited: Any) -> Generator[Any, None, None]:
+    """Wait as a task does by itself: if that is cancelled, so is what it waits for."""
+    if waited is not None:
+        waited._asyncio_future_blocking = True  # noqa: SLF001
+    yield waited
+
+
+def _open(gate: "asyncio.Future[None]", _: object) -> None:
+    if not gate.done():
+        gate.set_result(None)
+
+
+class Commit(Errand):
+    """An errand that keeps what it is done to, is known while it runs, and tells of its failure.
+
+    *apart*, it has a task of its own from the start, whatever its work asks of that.
+    """
+
+    __slots__ = ("_apart", "_ended", "_failed", "_kept", "_running")
+
+    def __init__(
+        self, work: Work, kept: object, running: "set[Commit]", failed: Callable[[Exception], None], *, apart: bool
+    ) -> None:
+        super().__init__(work)
+        self._kept = kept
+        self._running = running
+        self._failed: Callable[[Exception], None] | None = failed
+        self._apart = apart
+        self._ended: asyncio.Future[None] | None = None
+        running.add(self)
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Do the work; raise what it raises."""
+        return self._in_a_task().__await__() if self._apart else super().__await__()
+
+    def ended(self) -> "asyncio.Future[None]":
+        """Return what is done when this is over; it is nobody's to cancel."""
+        if self._ended is None:
+            self._ended = self._loop.create_future()
+            if self.over:
+                self._ended.set_result(None)
+        return self._ended
+
+    @property
+    def here(self) -> bool:
+        """Whether it belongs to the running event loop."""
+        return self._loop is asyncio.get_running_loop()
+
+    async def _in_a_task(self) -> None:
+        task = self._task = self._loop.create_task(self._all())
+        task.add_done_callback(_looked_at)
+        await asyncio.wait({task})
+        task.result()
+
+    async def _all(self) -> None:
+        try:
+            await self._work
+        except BaseException as error:
+            self._end(error)
+            raise
+        self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        self.over = True
+        self._running.discard(self)
+        if self._failed is not None and isinstance(error, Exception):
+            self._failed(error)
+        # Whoever asked for this keeps it: no cycle for the garbage collector.
+        self._kept = self._failed = None
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
+
+
+async def drain(running: set[Commit]) -> None:
+    """Wait for those of *running* that belong to this event loop."""
+    while left := {commit.ended() for commit in running if commit.here}:
+        await asyncio.wait(left)
+
+
+def _looked_at(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled():
+        task.exception()  # the caller may have gone: nobody else will look
