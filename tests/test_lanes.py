@@ -19,7 +19,7 @@ from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import BackendError, BackendTimeout, BackendUnavailable, CorruptData, DuplicateId
 from sqlsessions.record import Record
 from sqlsessions.testing import EVER, MINUTE, START, expecting, following, make_record
-from tests.looking import PATIENCE, closing, pids, sql, threads_ended
+from tests.looking import PATIENCE, closing, counted_tasks, pids, sql, threads_ended
 
 pytestmark = pytest.mark.anyio
 
@@ -201,16 +201,24 @@ async def test_a_load_that_fails_is_parted() -> None:
 
 async def test_a_sender_that_breaks() -> None:
     """An error that is nobody's own is everybody's on board; the lane goes on."""
-    sender = Sender()
+    sender = Sender(held=True)
     lane = Lane[Job, Any](supervisor(), sender)
 
-    async def together(lease: Lease, load: Sequence[Job]) -> Sequence[object]:
+    async def broken(*_: object, **__: object) -> object:
         raise BackendUnavailable("broken")
 
-    sender.together = together  # type: ignore[method-assign]
-    outcomes = await asyncio.gather(*put(lane, Job(2), Job(3)), return_exceptions=True)
-    assert list(map(type, outcomes)) == [BackendUnavailable, BackendUnavailable]
+    sender.together = broken  # type: ignore[method-assign,assignment]
+    tasks = await put_behind(lane, Job(1, 1), Job(2), Job(3))
+    sender.open()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [outcomes[0], *map(type, outcomes[1:])] == [1, BackendUnavailable, BackendUnavailable]
     assert await lane.put(Job(4, 4)) == 4
+    await settle()
+    # One that takes its own load is told by it.
+    lane._sender.alone = broken  # type: ignore[method-assign]
+    with pytest.raises(BackendUnavailable, match="broken"):
+        await lane.put(Job(5))
+    assert not lane._prompt
 
 
 async def test_a_lock_is_not_waited_for() -> None:
@@ -434,6 +442,24 @@ async def test_one_commit_for_all(postgres_sessions_url: str) -> None:
             postgres_sessions_url, "SELECT xmin::text AS writer, count(*) AS n FROM web_sessions GROUP BY 1"
         )
         assert sorted(row.n for row in rows) == [60]
+
+
+async def test_one_at_a_time_there_are_no_tasks(sessions_url: str) -> None:
+    """An operation that meets no other is done in the task that asks for it; of many at once, a task does each load."""
+    async with closing(SQLAlchemyBackend(sessions_url)) as backend:
+        records = [make_record() for _ in range(8)]
+        for record in records:
+            await backend.insert(record)
+        await settle()
+        with counted_tasks() as made:
+            assert await backend.load(records[0].id, START) == records[0]
+            assert await backend.replace(following(records[1]), expecting(records[1]))
+            assert await backend.delete(records[1].id)
+        assert made == []
+        await settle()
+        with counted_tasks() as made:
+            await asyncio.gather(*(backend.load(record.id, START) for record in records))
+        assert 0 < len(made) - len(records) <= 2
 
 
 async def test_connections_under_load(postgres_sessions_url: str) -> None:

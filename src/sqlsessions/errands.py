@@ -7,6 +7,7 @@ longer to make and to wait for than most work does.
 import asyncio
 import types
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,15 @@ class Errand:
     work which does not ask what task it is in, as timeouts and task groups do.
     """
 
-    __slots__ = ("_gate", "_loop", "_task", "_waited", "_work", "over")
+    __slots__ = ("_begun", "_doomed", "_gate", "_loop", "_task", "_waited", "_work", "over")
 
     def __init__(self, work: Work) -> None:
         self._work = work
         self._loop = asyncio.get_running_loop()
+        #: What does the rest; whether that has begun, and whether it is to cancel the work then: a task which is
+        #: cancelled before it begins never does.
         self._task: asyncio.Task[None] | None = None
+        self._begun = self._doomed = False
         #: What the work waits for: a future, or None for a turn of the event loop.
         self._waited: Any = None
         #: What the caller waits for, so that its cancellation stays its own.
@@ -61,7 +65,8 @@ class Errand:
     def cancel(self) -> None:
         """Cancel the work, though not its caller."""
         self.leave()
-        if self._task is not None:
+        self._doomed = True
+        if self._task is not None and self._begun:
             self._task.cancel()
 
     def _step(self, error: BaseException | None = None) -> None:
@@ -87,7 +92,12 @@ class Errand:
         yield from self._gate
 
     async def _rest(self) -> None:
+        self._begun = True
+        if self._doomed and self._waited is not None:
+            self._waited.cancel()
         try:
+            if self._doomed:
+                self._step(asyncio.CancelledError())
             while not self.over:
                 try:
                     await _turn(self._waited)
@@ -100,7 +110,7 @@ class Errand:
 
     def _end(self, error: BaseException | None) -> None:  # noqa: ARG002 - for those who want to know
         """Note that the work is over, by *error* or well."""
-        self.over = True
+        self.over, self._waited = True, None
 
 
 @types.coroutine
@@ -108,7 +118,8 @@ def _turn(waited: Any) -> Generator[Any, None, None]:
     """Wait as a task does by itself: if that is cancelled, so is what it waits for."""
     if waited is not None:
         waited._asyncio_future_blocking = True  # noqa: SLF001
-    yield waited
+    with suppress(Exception):  # an error of what it waits for, where the work will find it
+        yield waited
 
 
 def _open(gate: "asyncio.Future[None]", _: object) -> None:
@@ -167,7 +178,7 @@ class Commit(Errand):
         self._end(None)
 
     def _end(self, error: BaseException | None) -> None:
-        self.over = True
+        super()._end(error)
         self._running.discard(self)
         if self._failed is not None and isinstance(error, Exception):
             self._failed(error)

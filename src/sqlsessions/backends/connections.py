@@ -6,6 +6,7 @@ somebody listens to SQLAlchemy's events (echo, tracing) or the settings leave th
 behind some poolers. Then everything goes through SQLAlchemy.
 """
 
+import asyncio
 import logging
 import sqlite3
 import time
@@ -422,6 +423,17 @@ class Connections:
         return None
 
     async def _open(self) -> Connection:
+        # In a task of its own: drivers set limits to the time it takes, which cancel the task that they were set in.
+        opening = asyncio.ensure_future(self._connect())
+        try:
+            await asyncio.wait({opening})
+        except asyncio.CancelledError:
+            opening.cancel()
+            opening.add_done_callback(_looked_at)
+            raise
+        return opening.result()
+
+    async def _connect(self) -> Connection:
         opened = await self._engine.connect()
         if opened.sync_connection is not None:
             # Ours alone: of one that is lost together with its event loop, a pool would complain.
@@ -446,6 +458,12 @@ class Connections:
             or engine.dialect.dispatch.do_execute
             or engine._should_log_info()  # noqa: SLF001 - what SQLAlchemy asks itself before it logs
         )
+
+
+def _looked_at(opening: "asyncio.Future[Connection]") -> None:
+    """Let go of what was opened for somebody who has gone."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().terminate()
 
 
 def _way(dialect: Dialect, adapter: Any, driver: Any) -> type[Asyncpg] | type[Aiosqlite] | None:

@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from uuid import UUID
 
 from sqlsessions.backends.supervisor import Lease, Supervisor
+from sqlsessions.errands import Errand
 from sqlsessions.errors import BackendUnavailable
 
 #: Seconds after which a statement is slow: what comes after it no longer waits for it but takes another connection.
@@ -68,12 +69,16 @@ class Sender(Protocol[W_contra, R_co]):
 
 
 class _Waiter(Generic[W, R]):
-    __slots__ = ("due", "future", "met_lock", "over", "sent", "work")
+    __slots__ = ("due", "errand", "future", "met_lock", "outcome", "over", "sent", "work")
 
-    def __init__(self, work: W, future: "asyncio.Future[R]", due: float) -> None:
+    outcome: R | BaseException
+
+    def __init__(self, work: W, due: float) -> None:
         self.work = work
-        self.future = future
         self.due = due
+        #: What the waiter waits for: a load of its own, which it takes itself, or a place in somebody's.
+        self.errand: Errand | None = None
+        self.future: asyncio.Future[R] | None = None
         self.sent = False
         self.met_lock = False
         #: The outcome is known, whether or not anybody waits for it.
@@ -123,17 +128,38 @@ class Lane(Generic[W, R]):
         self._slow = 0
         #: Whether the latest that landed had met a lock, or was slow. Then nothing more is sent that waits for one.
         self._wary = False
+        #: Whether the latest to land had one piece of work and nobody was waiting. Then the next takes its own; else it
+        #: leaves that to a task, which begins when all have come that come at this moment.
+        self._quiet = True
 
     async def put(self, work: W) -> R:
         """Return the outcome of *work*; raise `BackendTimeout` when the deadline passes first."""
         self._supervisor.accept()
         loop = asyncio.get_running_loop()
-        waiter: _Waiter[W, R] = _Waiter(work, loop.create_future(), loop.time() + self._supervisor.deadline)
+        waiter: _Waiter[W, R] = _Waiter(work, loop.time() + self._supervisor.deadline)
         self._open.append(waiter)
         self._waiting.append(waiter)
         if self._prompt < self._flights:
-            self._depart()
-        return await waiter.future
+            if self._quiet and len(self._waiting) == 1 and self._may_go(waiter):
+                await self._take_along(waiter)
+            else:
+                self._depart()
+        if not waiter.over:
+            waiter.future = loop.create_future()
+            return await waiter.future
+        if isinstance(waiter.outcome, BaseException):
+            raise waiter.outcome
+        return waiter.outcome
+
+    async def _take_along(self, waiter: _Waiter[W, R]) -> None:
+        """Fly in the waiter's own task, until it leaves."""
+        self._prompt += 1
+        flight: _Flight[W, R] = _Flight()
+        waiter.errand = self._supervisor.errand(
+            partial(self._fly, flight), overdue=partial(self._overdue, flight), ended=partial(self._landed, flight)
+        )
+        await waiter.errand
+        waiter.errand = None
 
     def _depart(self) -> None:
         """Send what waits, unless as much as may be is on its way."""
@@ -141,8 +167,9 @@ class Lane(Generic[W, R]):
             return
         self._prompt += 1
         flight: _Flight[W, R] = _Flight()
-        lease = self._supervisor.begin(partial(self._fly, flight), overdue=partial(self._overdue, flight))
-        lease.task.add_done_callback(partial(self._landed, flight))
+        self._supervisor.begin(
+            partial(self._fly, flight), overdue=partial(self._overdue, flight), ended=partial(self._landed, flight)
+        )
 
     async def _fly(self, flight: _Flight[W, R], lease: Lease) -> None:
         flight.since = lease.begun = asyncio.get_running_loop().time()
@@ -221,8 +248,9 @@ class Lane(Generic[W, R]):
         self._prompt -= 1
         self._depart()
 
-    def _landed(self, flight: _Flight[W, R], task: asyncio.Task[None]) -> None:
-        error = BackendUnavailable("the event loop is closing") if task.cancelled() else task.exception()
+    def _landed(self, flight: _Flight[W, R], error: BaseException | None) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            error = BackendUnavailable("the event loop is closing")
         if error is not None:
             for waiter in flight.load:
                 self._settle(waiter, error)
@@ -235,14 +263,15 @@ class Lane(Generic[W, R]):
         else:
             self._prompt -= 1
             self._wary = self._wary and any(waiter.met_lock for waiter in flight.load)
+        self._quiet = len(flight.load) == 1 and not self._waiting
         self._depart()
 
     def _settle(self, waiter: _Waiter[W, R], outcome: R | BaseException) -> None:
         if waiter.over:
             return
-        waiter.over = True
+        waiter.over, waiter.outcome = True, outcome
         self._supervisor.settled()
-        if waiter.future.done():  # cancelled
+        if waiter.future is None or waiter.future.done():  # not waited for, or no more
             return
         if isinstance(outcome, BaseException):
             waiter.future.set_exception(outcome)
@@ -258,3 +287,5 @@ class Lane(Generic[W, R]):
                 # What waits for one row, which may be locked, says nothing about the database.
                 for_one_row = waiter.met_lock or not (waiter.sent or self._may_go(waiter))
                 self._settle(waiter, self._supervisor.late(counted=not for_one_row))
+                if waiter.errand is not None:
+                    waiter.errand.leave()

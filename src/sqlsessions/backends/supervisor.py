@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from sqlsessions.errands import Errand, Work
 from sqlsessions.errors import BackendTimeout, BackendUnavailable
 
 T = TypeVar("T")
@@ -24,7 +25,8 @@ class Lease:
 
     __slots__ = ("abandoned", "asks", "begun", "give_up", "overdue", "task", "terminate")
 
-    task: asyncio.Task[Any]
+    #: What does the operation, for somebody or by itself.
+    task: asyncio.Task[Any] | Errand
 
     def __init__(
         self,
@@ -43,6 +45,20 @@ class Lease:
         self.begun = begun
         self.overdue = overdue
         self.give_up = give_up
+
+
+class _Errand(Errand):
+    """An errand that tells of its end."""
+
+    __slots__ = ("_told",)
+
+    def __init__(self, work: Work, told: Callable[[BaseException | None], None]) -> None:
+        super().__init__(work)
+        self._told = told
+
+    def _end(self, error: BaseException | None) -> None:
+        super()._end(error)
+        self._told(error)
 
 
 class CircuitBreaker:
@@ -132,31 +148,65 @@ class Supervisor:
             if not outcome.done():
                 outcome.set_exception(late)
 
-        lease = self.begin(operation, give_up=give_up)
-        lease.task.add_done_callback(partial(self._hand_over, lease, outcome))
+        lease, task = self._started(operation, give_up=give_up)
+        task.add_done_callback(partial(self._hand_over, lease, outcome))
         # A future, and not the task: the caller's cancellation ends at it (R71, R72).
         return await outcome
 
     def begin(
         self,
+        operation: Callable[[Lease], Awaitable[None]],
+        *,
+        overdue: Callable[[float], None],
+        ended: Callable[[BaseException | None], None] | None = None,
+    ) -> None:
+        """Have *operation* under way, in a task that is nobody else's.
+
+        *overdue* is called with the event loop's time at every look at what is running, *ended* with the error or
+        None at the end.
+        """
+        _, task = self._started(operation, overdue=overdue)
+        if ended is not None:
+            task.add_done_callback(lambda _: ended(_error(task)))
+
+    def errand(
+        self,
+        operation: Callable[[Lease], Awaitable[None]],
+        *,
+        overdue: Callable[[float], None],
+        ended: Callable[[BaseException | None], None],
+    ) -> Errand:
+        """Return what does *operation* when it is awaited, in its caller's task as long as that stays: for what nobody
+        else waits for, a task costs more than the rest.
+        """
+        lease = Lease(asyncio.get_running_loop().time(), overdue)
+
+        def over(error: BaseException | None) -> None:
+            self._ended(lease)
+            ended(error)
+
+        errand = lease.task = _Errand(self._in_turn(operation, lease), over)
+        self._watch(lease)
+        return errand
+
+    def _started(
+        self,
         operation: Callable[[Lease], Awaitable[T]],
         *,
         overdue: Callable[[float], None] | None = None,
         give_up: Callable[[], None] | None = None,
-    ) -> Lease:
-        """Return the lease of *operation*, which is under way and belongs to nobody else.
-
-        *overdue* is called with the event loop's time at every look at what is running, *give_up* when the deadline
-        has passed.
-        """
+    ) -> tuple[Lease, asyncio.Task[T]]:
         loop = asyncio.get_running_loop()
-        lease: Lease = Lease(loop.time(), overdue, give_up)
-        lease.task = loop.create_task(self._in_turn(operation, lease))
-        lease.task.add_done_callback(lambda _: self._ended(lease))
+        lease = Lease(loop.time(), overdue, give_up)
+        task = lease.task = loop.create_task(self._in_turn(operation, lease))
+        task.add_done_callback(lambda _: self._ended(lease))
+        self._watch(lease)
+        return lease, task
+
+    def _watch(self, lease: Lease) -> None:
         self._running.add(lease)
         if self._timer is None:
-            self._timer = loop.call_later(min(_LOOK, self.deadline), self._look)
-        return lease
+            self._timer = asyncio.get_running_loop().call_later(min(_LOOK, self.deadline), self._look)
 
     async def drain(self) -> None:
         """Wait until all that was accepted has its outcome, which takes the deadline at the longest."""
@@ -211,3 +261,7 @@ class Supervisor:
             outcome.set_exception(error)
         else:
             outcome.set_result(task.result())
+
+
+def _error(task: asyncio.Task[Any]) -> BaseException | None:
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
