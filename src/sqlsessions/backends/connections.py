@@ -164,26 +164,24 @@ class Asyncpg(_PastSQLAlchemy):
 
     async def record(self, statement: sa.Executable, parameters: Parameters) -> Record | None:
         """Return the first row as a record."""
-        found = await self._records(self._spell(statement, parameters), parameters)
-        return found[0] if found else None
+        spelled = self._spell(statement, parameters)
+        try:
+            rows = await self._driver.fetch(spelled.text, *spelled.values(parameters))
+            return _given(spelled, rows[0]) if rows else None
+        except OverflowError:  # a date that Python does not have
+            raise _unreadable() from None
 
     async def records_of_each(self, several: Sequence[Parameters]) -> Sequence[Record | Exception | None]:
         """Return the record of each id, by one statement."""
         ids = [parameters["the_id"] for parameters in several]
         wanted = {"ids": ids}
+        spelled = self._spell(self._statements.load_many, wanted)
+        values = spelled.values(wanted)
         try:
-            records = await self._records(self._spell(self._statements.load_many, wanted), wanted)
-        except CorruptData:
+            found = {row[0]: _given(spelled, row) for row in await self._driver.fetch(spelled.text, *values)}
+        except OverflowError:  # as above, of one of them
             return [Apart()] * len(several)
-        found = {record.id: record for record in records}
         return [found.get(the_id) for the_id in ids]
-
-    async def _records(self, spelled: Spelled, parameters: Parameters) -> Sequence[Record]:
-        values = spelled.values(parameters)
-        try:
-            return [_given(spelled, row) for row in await self._driver.fetch(spelled.text, *values)]
-        except OverflowError:  # a date that Python does not have
-            raise _unreadable() from None
 
     async def changed(self, statement: sa.Executable, parameters: Parameters) -> bool:
         """Tell whether a write changed its row: it returns its id then."""
@@ -273,7 +271,7 @@ def _given(spelled: Spelled, row: Any) -> Record:
     if row[5].tzinfo is row[6].tzinfo is row[7].tzinfo is UTC and (
         authenticated is None or authenticated.tzinfo is UTC
     ):
-        return Record(*row)
+        return Record._make(row)
     return Record(*spelled.row(row))
 
 

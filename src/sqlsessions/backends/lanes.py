@@ -141,7 +141,9 @@ class Lane(Generic[W, R]):
         self._waiting.append(waiter)
         if self._prompt < self._flights:
             if self._quiet and len(self._waiting) == 1 and self._may_go(waiter):
-                await self._take_along(waiter)
+                waiter.errand = self._flight_of_its_own()
+                await waiter.errand
+                waiter.errand = None
             else:
                 self._depart()
         if not waiter.over:
@@ -151,15 +153,13 @@ class Lane(Generic[W, R]):
             raise waiter.outcome
         return waiter.outcome
 
-    async def _take_along(self, waiter: _Waiter[W, R]) -> None:
-        """Fly in the waiter's own task, until it leaves."""
+    def _flight_of_its_own(self) -> Errand:
+        """Return what takes the only one that waits, in that one's task until it leaves."""
         self._prompt += 1
         flight: _Flight[W, R] = _Flight()
-        waiter.errand = self._supervisor.errand(
+        return self._supervisor.errand(
             partial(self._fly, flight), overdue=partial(self._overdue, flight), ended=partial(self._landed, flight)
         )
-        await waiter.errand
-        waiter.errand = None
 
     def _depart(self) -> None:
         """Send what waits, unless as much as may be is on its way."""

@@ -53,6 +53,9 @@ _PAUSES = (0.02, 0.04, 0.08)
 #: Tells by the version and hash that are stored, or None, whether a write was done; None for "not yet".
 Done = Callable[[Any], bool | None]
 
+#: What drivers and SQLAlchemy raise.
+_SAID = (Fault, SQLAlchemyError, OverflowError, OSError, TimeoutError)
+
 #: What most changes to a session leave as it is.
 _BESIDES = attrgetter(*(name for name in Record._fields if name not in ("data", "version")))
 
@@ -212,7 +215,10 @@ class SQLAlchemyBackend(Revocation):
 
     async def _run(self, operation: Callable[["_Turn"], Awaitable[T]]) -> T:
         room = self._at_hand() or await self._opened()
-        return await room.supervisor.run(lambda lease: _translated(operation(_Turn(room.connections, lease))))
+        try:
+            return await room.supervisor.run(lambda lease: operation(_Turn(room.connections, lease)))
+        except _SAID as error:
+            raise _meant(error) from None
 
     def _write(
         self,
@@ -340,8 +346,10 @@ class _Reader:
     async def alone(self, lease: Lease, work: _Read, *, waits: bool, lost: bool) -> Record | None:  # noqa: ARG002
         """Return the record, or None: reading waits for no lock, and may be done twice."""
         turn = _Turn(self._connections, lease)
-        read = turn.again(lambda connection: connection.way.record(self._statements.load, work.parameters))
-        return await _translated(read)
+        try:
+            return await turn.again(lambda connection: connection.way.record(self._statements.load, work.parameters))
+        except _SAID as error:
+            raise _meant(error) from None
 
     async def together(self, lease: Lease, load: Sequence[_Read]) -> Sequence[Record | Exception | None]:
         """Return each record, or None."""
@@ -368,7 +376,11 @@ class _Writer:
 
     async def alone(self, lease: Lease, work: _Change, *, waits: bool, lost: bool) -> bool:
         """Tell whether the row was changed."""
-        return await _translated(self._alone(_Turn(self._connections, lease), work, waits=waits, lost=lost))
+        turn = _Turn(self._connections, lease)
+        try:
+            return await self._alone(turn, work, waits=waits, lost=lost)
+        except _SAID as error:
+            raise _meant(error) from None
 
     async def together(self, lease: Lease, load: Sequence[_Change]) -> Sequence[bool | Exception]:
         """Tell for each whether its row was changed."""
@@ -452,9 +464,9 @@ class _Turn:
     async def again(self, use: Callable[[Connection], Awaitable[T]]) -> T:
         """Return what *use* returns, which may as well run twice: a dead connection is replaced once."""
         try:
-            return await self.once(use)
+            return await self._try(use)
         except Fault as fault:
-            if not fault.lost or self.abandoned:
+            if self.abandoned or not (fault.lost or fault.state in _SERIALIZATION):
                 raise
         return await self.once(use)
 
@@ -570,19 +582,15 @@ def _unreachable(error: Exception) -> BackendUnavailable:
     return BackendUnavailable(f"no connection to the database ({type(error).__name__})")
 
 
-async def _translated(operation: Awaitable[T]) -> T:
-    """Return what *operation* returns, with whatever the driver raises as a `BackendError`.
-
-    Without a cause: drivers quote parameters and rows in their messages (R107).
+def _meant(error: Exception) -> BackendError | CorruptData:
+    """Return what one of `_SAID` is to a caller. To be raised without a cause: drivers quote parameters and rows in
+    their messages (R107).
     """
-    try:
-        return await operation
-    except Fault as fault:
-        raise _typed(fault) from None
-    except (StatementError, OverflowError) as error:
-        raise _unsayable(type(error).__name__) from None
-    except (SQLAlchemyError, OSError, TimeoutError) as error:
-        raise _unreachable(error) from None
+    if isinstance(error, Fault):
+        return _typed(error)
+    if isinstance(error, (StatementError, OverflowError)):
+        return _unsayable(type(error).__name__)
+    return _unreachable(error)
 
 
 def _typed(fault: Fault) -> BackendError | CorruptData:  # noqa: PLR0911 - a line of the table each
