@@ -127,6 +127,62 @@ async def test_what_fails_after_the_caller_has_gone() -> None:
     assert (log, errand.over, complaints) == (["broken", KeyError], True, [])
 
 
+async def test_a_caller_that_is_cancelled_too_late() -> None:
+    """Cancelled when what it waited for is there but it has not gone on yet, it goes, and the rest is done."""
+    log, (one,) = Log(), futures(1)
+    caller = asyncio.create_task(wait(Errand(log.wait(one))))
+    await turns()
+    one.set_result(1)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await turns()
+    assert log == [1, "end"]
+
+
+async def test_what_is_cancelled_itself() -> None:
+    """What the work waits for may be cancelled by others: that is the work's to see, and then the caller's."""
+    log, (one,) = Log(), futures(1)
+    errand = Errand(log.wait(one))
+    caller = asyncio.create_task(wait(errand))
+    await turns()
+    one.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert (log, errand.over) == ([asyncio.CancelledError], True)
+
+
+@pytest.mark.parametrize("inner_first", [False, True])
+async def test_an_errand_within_an_errand(*, inner_first: bool) -> None:
+    """Each has its own end: leaving the inner lets the outer go on, and cancelling the outer's caller neither."""
+    log, outer_log, (one, two) = Log(), Log(), futures(2)
+    inner = Errand(log.wait(one))
+
+    async def work() -> None:
+        await inner
+        await outer_log.wait(two)
+
+    outer = Errand(work())
+    caller = asyncio.create_task(wait(outer))
+    await turns()
+    if inner_first:
+        inner.leave()
+        await turns()
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    if not inner_first:
+        inner.leave()
+    await turns()
+    assert (log, outer_log, inner.over, outer.over) == ([], [], False, False)
+    two.set_result(2)
+    await turns()
+    assert (log, outer_log, inner.over, outer.over) == ([], [2, "end"], False, True)
+    one.set_result(1)
+    await turns()
+    assert log == [1, "end"]
+
+
 async def test_leaving() -> None:
     """Made to leave, the caller goes on without an error while the work does."""
     log, (one,) = Log(), futures(1)

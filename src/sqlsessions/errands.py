@@ -8,7 +8,7 @@ import asyncio
 import types
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
-from functools import partial
+from contextvars import Context
 from typing import Any
 
 Work = Coroutine[Any, Any, None]
@@ -21,7 +21,7 @@ class Errand:
     work which does not ask what task it is in, as timeouts and task groups do.
     """
 
-    __slots__ = ("_begun", "_doomed", "_gate", "_loop", "_task", "_waited", "_work", "over")
+    __slots__ = ("_begun", "_doomed", "_loop", "_task", "_wait", "_waited", "_work", "over")
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -32,8 +32,8 @@ class Errand:
         self._begun = self._doomed = False
         #: What the work waits for: a future, or None for a turn of the event loop.
         self._waited: Any = None
-        #: What the caller waits for, so that its cancellation stays its own.
-        self._gate: asyncio.Future[None] | None = None
+        #: What the caller waits for in its place.
+        self._wait: _Wait | None = None
         #: Whether it has come to its end, whatever that is.
         self.over = False
 
@@ -41,11 +41,15 @@ class Errand:
         """Do the work, and raise what it raises; return early if the caller has been made to leave."""
         self._step()
         while not self.over:
+            self._wait = _Wait(self._waited) if self._waited is not None else None
             try:
-                yield from self._pause()
+                yield self._wait
             except asyncio.CancelledError:
-                self.leave()
-                raise
+                if self._wait is None or not self._wait.is_over_itself():
+                    self.leave()
+                    raise
+            except Exception:  # noqa: BLE001, S110 - of what was waited for, where the work will find it
+                pass
             except BaseException:  # the end of the caller itself, as of its event loop
                 self._work.close()
                 self._end(None)
@@ -59,8 +63,8 @@ class Errand:
         if self.over or self._task is not None:
             return
         self._task = self._loop.create_task(self._rest())
-        if self._gate is not None:
-            _open(self._gate, None)
+        if self._wait is not None:
+            self._wait.leave()
 
     def cancel(self) -> None:
         """Cancel the work, though not its caller."""
@@ -83,14 +87,6 @@ class Errand:
                 # As a task does with a future that it is given to wait for.
                 self._waited._asyncio_future_blocking = False  # noqa: SLF001
 
-    def _pause(self) -> Generator[Any, None, None]:
-        if self._waited is None:
-            yield
-            return
-        self._gate = self._loop.create_future()
-        self._waited.add_done_callback(partial(_open, self._gate))
-        yield from self._gate
-
     async def _rest(self) -> None:
         self._begun = True
         if self._doomed and self._waited is not None:
@@ -110,7 +106,7 @@ class Errand:
 
     def _end(self, error: BaseException | None) -> None:  # noqa: ARG002 - for those who want to know
         """Note that the work is over, by *error* or well."""
-        self.over, self._waited = True, None
+        self.over, self._waited, self._wait = True, None, None
 
 
 @types.coroutine
@@ -122,9 +118,61 @@ def _turn(waited: Any) -> Generator[Any, None, None]:
         yield waited
 
 
-def _open(gate: "asyncio.Future[None]", _: object) -> None:
-    if not gate.done():
-        gate.set_result(None)
+class _Wait:
+    """Stands before a task for a future, which is not cancelled when the task is: the wait ends, and that is all.
+
+    It has what a task asks of anything that it is given to wait for, and adds no turn of the event loop.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_future", "_wake")
+
+    def __init__(self, future: Any) -> None:
+        self._asyncio_future_blocking = True
+        self._future = future
+        self._wake: Callable[[Any], object] | None = None
+        self._context: Context | None = None
+        self._cancelled = False
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the future's event loop."""
+        loop: asyncio.AbstractEventLoop = self._future.get_loop()
+        return loop
+
+    def add_done_callback(self, wake: Callable[[Any], object], *, context: Context | None = None) -> None:
+        """Have the one task that waits called when the future is done."""
+        self._wake, self._context = wake, context
+        self._future.add_done_callback(wake, context=context)
+
+    def remove_done_callback(self, wake: Callable[[Any], object]) -> int:
+        """Have it called no more; return 0 if that comes too late."""
+        removed: int = self._future.remove_done_callback(wake)
+        return removed
+
+    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002
+        """Wake the task, which is cancelled; tell whether that was still to be done."""
+        self._cancelled = self.leave()
+        return self._cancelled
+
+    def leave(self) -> bool:
+        """Wake the task before the future is done; tell whether it was waiting."""
+        if self._wake is None or not self._future.remove_done_callback(self._wake):
+            return False
+        self.get_loop().call_soon(self._wake, self, context=self._context)
+        return True
+
+    def result(self) -> None:
+        """Say to the task, when it has been woken by this, whether it is cancelled."""
+        if self._cancelled:
+            raise asyncio.CancelledError
+
+    def cancelled(self) -> bool:
+        """Tell whether what is waited for has been cancelled."""
+        found: bool = self._future.cancelled()
+        return found
+
+    def is_over_itself(self) -> bool:
+        """Tell whether it is not the task that was cancelled, but what it waits for."""
+        return not self._cancelled and self.cancelled()
 
 
 class Commit(Errand):
