@@ -23,9 +23,9 @@ class Errand:
 
     __slots__ = ("_begun", "_doomed", "_loop", "_task", "_wait", "_waited", "_work", "over")
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._work = work
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
         #: What does the rest; whether that has begun, and whether it is to cancel the work then: a task which is
         #: cancelled before it begins never does.
         self._task: asyncio.Task[None] | None = None

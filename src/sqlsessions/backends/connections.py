@@ -383,18 +383,25 @@ class Connections:
         self._idle: list[Connection] = []
         self._texts: dict[sa.Executable, Spelled] = {}
 
-    async def take(self) -> Connection:
-        """Return a connection, for one to use at a time."""
-        connection = await self._idle_one() or await self._open()
-        connection.way = connection.plain if self._overheard() else connection.direct
-        return connection
+    def at_hand(self) -> Connection | None:
+        """Return a connection that is kept, for one to use at a time; None if there is none of use."""
+        if not (self._idle and self._idle[-1].usable(self._recycle)):
+            return None
+        return self._heard(self._idle.pop())
 
-    async def give(self, connection: Connection) -> None:
-        """Take *connection* back."""
+    async def take(self) -> Connection:
+        """Return one, opened if need be."""
+        while self._idle:
+            if (connection := self.at_hand()) is not None:
+                return connection
+            await self._idle.pop().close()
+        return self._heard(await self._open())
+
+    def keep(self, connection: Connection) -> bool:
+        """Take *connection* back for the next, unless it is to be closed."""
         if self.kept:
             self._idle.append(connection)
-        else:
-            await connection.close()
+        return self.kept
 
     async def discard(self, connection: Connection, *, others: bool = False) -> None:
         """Cut *connection*, and with *others* those that are kept, which lead to the same place."""
@@ -411,14 +418,6 @@ class Connections:
         self.kept = False
         while self._idle:
             await self._idle.pop().close()
-
-    async def _idle_one(self) -> Connection | None:
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.usable(self._recycle):
-                return connection
-            await connection.close()
-        return None
 
     async def _open(self) -> Connection:
         # In a task of its own: drivers set limits to the time it takes, which cancel the task that they were set in.
@@ -444,18 +443,19 @@ class Connections:
             text = self._texts[statement] = Spelled(statement, self._engine.dialect, list(parameters))
         return text
 
+    def _heard(self, connection: Connection) -> Connection:
+        connection.way = connection.plain if self._overheard() else connection.direct
+        return connection
+
     def _overheard(self) -> bool:
         """Tell whether somebody listens to what SQLAlchemy executes: echo, tracing, a test."""
         engine: Any = self._engine.sync_engine
-        heard = engine.dispatch
-        return bool(
-            heard.before_cursor_execute
-            or heard.after_cursor_execute
-            or heard.before_execute
-            or heard.after_execute
-            or engine.dialect.dispatch.do_execute
-            or engine._should_log_info()  # noqa: SLF001 - what SQLAlchemy asks itself before it logs
-        )
+        # Both private ones are what SQLAlchemy asks itself, before it calls listeners and before it logs.
+        if engine._has_events:  # noqa: SLF001
+            heard = engine.dispatch
+            if heard.before_cursor_execute or heard.after_cursor_execute or heard.before_execute or heard.after_execute:
+                return True
+        return bool(engine.dialect.dispatch.do_execute) or bool(engine._should_log_info())  # noqa: SLF001
 
 
 def _looked_at(opening: "asyncio.Future[Connection]") -> None:

@@ -69,12 +69,15 @@ class Sender(Protocol[W_contra, R_co]):
 
 
 class _Waiter(Generic[W, R]):
-    __slots__ = ("due", "errand", "future", "met_lock", "outcome", "over", "sent", "work")
+    __slots__ = ("due", "errand", "future", "key", "met_lock", "outcome", "over", "sent", "work")
 
     outcome: R | BaseException
 
     def __init__(self, work: W, due: float) -> None:
         self.work = work
+        #: Which session: the number of its id, hashed at a third of the price of that. What has none is no UUID, and
+        #: the database will say so.
+        self.key: object = getattr(work.id, "int", work.id)
         self.due = due
         #: What the waiter waits for: a load of its own, which it takes itself, or a place in somebody's.
         self.errand: Errand | None = None
@@ -122,7 +125,7 @@ class Lane(Generic[W, R]):
         #: All whose outcome is not known, in the order they came, which is that of their deadlines.
         self._open: deque[_Waiter[W, R]] = deque()
         #: The sessions of all loads on their way, each in one.
-        self._aloft: set[UUID] = set()
+        self._aloft: set[object] = set()
         #: How many loads are on their way that are not slow; how many are.
         self._prompt = 0
         self._slow = 0
@@ -134,9 +137,9 @@ class Lane(Generic[W, R]):
 
     async def put(self, work: W) -> R:
         """Return the outcome of *work*; raise `BackendTimeout` when the deadline passes first."""
-        self._supervisor.accept()
-        loop = asyncio.get_running_loop()
-        waiter: _Waiter[W, R] = _Waiter(work, loop.time() + self._supervisor.deadline)
+        supervisor = self._supervisor
+        supervisor.accept()
+        waiter: _Waiter[W, R] = _Waiter(work, supervisor.loop.time() + supervisor.deadline)
         self._open.append(waiter)
         self._waiting.append(waiter)
         if self._prompt < self._flights:
@@ -147,7 +150,7 @@ class Lane(Generic[W, R]):
             else:
                 self._depart()
         if not waiter.over:
-            waiter.future = loop.create_future()
+            waiter.future = supervisor.loop.create_future()
             return await waiter.future
         if isinstance(waiter.outcome, BaseException):
             raise waiter.outcome
@@ -163,7 +166,7 @@ class Lane(Generic[W, R]):
 
     def _depart(self) -> None:
         """Send what waits, unless as much as may be is on its way."""
-        if self._prompt >= self._flights or not any(map(self._may_go, self._waiting)):
+        if not self._waiting or self._prompt >= self._flights or not any(map(self._may_go, self._waiting)):
             return
         self._prompt += 1
         flight: _Flight[W, R] = _Flight()
@@ -172,7 +175,7 @@ class Lane(Generic[W, R]):
         )
 
     async def _fly(self, flight: _Flight[W, R], lease: Lease) -> None:
-        flight.since = lease.begun = asyncio.get_running_loop().time()
+        flight.since = lease.begun = self._supervisor.loop.time()
         flight.load = self._take()
         lease.asks = bool(flight.load)
         if len(flight.load) > 1:
@@ -181,7 +184,7 @@ class Lane(Generic[W, R]):
             await self._alone(flight.load[0], lease, waits=not (self._slow or self._wary))
 
     def _may_go(self, waiter: _Waiter[W, R]) -> bool:
-        return self._shared or waiter.work.id not in self._aloft
+        return self._shared or waiter.key not in self._aloft
 
     def _take(self) -> list[_Waiter[W, R]]:
         """Return the next load: what waits, in its order, as far as it goes together."""
@@ -200,7 +203,7 @@ class Lane(Generic[W, R]):
                 left.append(waiter)
                 break
             if not self._shared:
-                self._aloft.add(waiter.work.id)
+                self._aloft.add(waiter.key)
             waiter.sent = True
             load.append(waiter)
         self._waiting.extendleft(reversed(left))
@@ -219,7 +222,7 @@ class Lane(Generic[W, R]):
             outcome = await self._sender.alone(lease, waiter.work, waits=waits and not waiter.met_lock, lost=lost)
         except Held:
             waiter.met_lock = self._wary = True
-            asyncio.get_running_loop().call_later(PAUSE, self._retry, waiter)
+            self._supervisor.loop.call_later(PAUSE, self._retry, waiter)
         except Exception as error:  # noqa: BLE001 - its waiter's
             self._settle(waiter, error)
         else:
@@ -257,7 +260,7 @@ class Lane(Generic[W, R]):
         while self._open and self._open[0].over:
             self._open.popleft()
         if not self._shared:
-            self._aloft.difference_update([waiter.work.id for waiter in flight.load])
+            self._aloft.difference_update([waiter.key for waiter in flight.load])
         if flight.slow:
             self._slow -= 1
         else:
@@ -280,7 +283,7 @@ class Lane(Generic[W, R]):
 
     def _expire(self) -> None:
         """Answer those whose deadline has passed; what of their work is under way goes on."""
-        now = asyncio.get_running_loop().time()
+        now = self._supervisor.loop.time()
         while self._open and (self._open[0].over or self._open[0].due <= now):
             waiter = self._open.popleft()
             if not waiter.over:

@@ -482,7 +482,7 @@ class _Turn:
         return await self._try(use)
 
     async def _try(self, use: Callable[[Connection], Awaitable[T]]) -> T:
-        connection = await _connected(self._connections.take())
+        connection = self._connections.at_hand() or await _connected(self._connections.take())
         self._lease.terminate = connection.terminate
         try:
             result = await use(connection)
@@ -495,16 +495,15 @@ class _Turn:
                 raise
             raise fault from None
         self._lease.terminate = None
-        await self._part_with(connection, healthy=True)
+        if self._lease.abandoned or not self._connections.keep(connection):
+            await self._part_with(connection, healthy=True)
         return result
 
     async def _part_with(self, connection: Connection, *, healthy: bool) -> None:
-        if self.abandoned:
-            await self._connections.discard(connection)
-        elif healthy:
-            await self._connections.give(connection)
-        else:
-            await self._connections.discard(connection, others=True)
+        if self.abandoned or not healthy:
+            await self._connections.discard(connection, others=not (self.abandoned or healthy))
+        elif not self._connections.keep(connection):
+            await connection.close()
 
 
 def _model_engine(engine: str | sa.URL | AsyncEngine, deadline: float) -> Engine:

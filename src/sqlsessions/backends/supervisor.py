@@ -50,14 +50,19 @@ class Lease:
 class _Errand(Errand):
     """An errand that tells of its end."""
 
-    __slots__ = ("_told",)
+    __slots__ = ("_lease", "_supervisor", "_told")
 
-    def __init__(self, work: Work, told: Callable[[BaseException | None], None]) -> None:
-        super().__init__(work)
+    def __init__(
+        self, work: Work, supervisor: "Supervisor", lease: Lease, told: Callable[[BaseException | None], None]
+    ) -> None:
+        super().__init__(work, supervisor.loop)
+        self._supervisor = supervisor
+        self._lease = lease
         self._told = told
 
     def _end(self, error: BaseException | None) -> None:
         super()._end(error)
+        self._supervisor.ended(self._lease)
         self._told(error)
 
 
@@ -103,6 +108,8 @@ class Supervisor:
     """
 
     def __init__(self, *, slots: int, deadline: float, breaker: CircuitBreaker) -> None:
+        #: Asked for once: up to Python 3.11, each time costs a call of the operating system.
+        self.loop = asyncio.get_running_loop()
         self.deadline = deadline
         self.slots = slots
         self._breaker = breaker
@@ -140,7 +147,7 @@ class Supervisor:
         Cancelling the caller cancels nothing here: the operation goes on, to its own end or its deadline.
         """
         self.accept()
-        outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        outcome: asyncio.Future[T] = self.loop.create_future()
 
         def give_up() -> None:
             self.settled()
@@ -179,13 +186,8 @@ class Supervisor:
         """Return what does *operation* when it is awaited, in its caller's task as long as that stays: for what nobody
         else waits for, a task costs more than the rest.
         """
-        lease = Lease(asyncio.get_running_loop().time(), overdue)
-
-        def over(error: BaseException | None) -> None:
-            self._ended(lease)
-            ended(error)
-
-        errand = lease.task = _Errand(self._in_turn(operation, lease), over)
+        lease = Lease(self.loop.time(), overdue)
+        errand = lease.task = _Errand(self._in_turn(operation, lease), self, lease, ended)
         self._watch(lease)
         return errand
 
@@ -196,23 +198,22 @@ class Supervisor:
         overdue: Callable[[float], None] | None = None,
         give_up: Callable[[], None] | None = None,
     ) -> tuple[Lease, asyncio.Task[T]]:
-        loop = asyncio.get_running_loop()
-        lease = Lease(loop.time(), overdue, give_up)
-        task = lease.task = loop.create_task(self._in_turn(operation, lease))
-        task.add_done_callback(lambda _: self._ended(lease))
+        lease = Lease(self.loop.time(), overdue, give_up)
+        task = lease.task = self.loop.create_task(self._in_turn(operation, lease))
+        task.add_done_callback(lambda _: self.ended(lease))
         self._watch(lease)
         return lease, task
 
     def _watch(self, lease: Lease) -> None:
         self._running.add(lease)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(min(_LOOK, self.deadline), self._look)
+            self._timer = self.loop.call_later(min(_LOOK, self.deadline), self._look)
 
     async def drain(self) -> None:
         """Wait until all that was accepted has its outcome, which takes the deadline at the longest."""
         while self._owed:
             if self._all_settled is None:
-                self._all_settled = asyncio.get_running_loop().create_future()
+                self._all_settled = self.loop.create_future()
             await asyncio.wait({self._all_settled})
 
     async def _in_turn(self, operation: Callable[[Lease], Awaitable[T]], lease: Lease) -> T:
@@ -223,19 +224,20 @@ class Supervisor:
                 if lease.asks and not lease.abandoned:
                     self._breaker.answered()
 
-    def _ended(self, lease: Lease) -> None:
+    def ended(self, lease: Lease) -> None:
+        """Note that an operation is no longer under way."""
         self._running.discard(lease)
-        self._abandoned.discard(lease)
+        if lease.abandoned:
+            self._abandoned.discard(lease)
 
     def _look(self) -> None:
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self.loop.time()
         for lease in list(self._running):
             if now - lease.begun >= self.deadline:
                 self._abandon(lease)
             if lease.overdue is not None:
                 lease.overdue(now)
-        self._timer = loop.call_later(min(_LOOK, self.deadline), self._look) if self._running else None
+        self._timer = self.loop.call_later(min(_LOOK, self.deadline), self._look) if self._running else None
 
     def _abandon(self, lease: Lease) -> None:
         self._running.discard(lease)
