@@ -33,7 +33,7 @@ from sqlsessions import InMemoryBackend, SessionMiddleware
 from tests.servers import Unavailable
 
 #: The most that sqlsessions may add, as a multiple of what the cookie middleware adds.
-LIMITS: Mapping[Endpoint, float] = {"/read": 1.05, "/write": 1.2}
+LIMITS: Mapping[Endpoint, float] = {"/read": 1.0, "/write": 1.0}
 
 _CASES: tuple[tuple[str, Endpoint], ...] = (
     ("bare", "/none"),
