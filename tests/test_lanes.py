@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from anyio.lowlevel import checkpoint
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sqlsessions.backends.lanes import MAX_LOAD, MAX_SIZE, Apart, Held, Lane
+from sqlsessions.backends.lanes import CALM, MAX_LOAD, MAX_SIZE, Apart, Held, Lane
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
 from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import BackendError, BackendTimeout, BackendUnavailable, CorruptData, DuplicateId
@@ -137,6 +137,25 @@ async def test_what_waits_goes_together() -> None:
     assert sender.loads == [[1], [2, 3, 4, 5, 6, 7, 8]]
 
 
+async def test_after_a_crowd() -> None:
+    """Work takes its own load when it has long been alone; in a crowd nobody goes ahead of those that come with it."""
+    sender = Sender()
+    lane = Lane[Job, Any](supervisor(), sender)
+    for _ in range(4):
+        sender.held = True
+        tasks = put(lane, *map(Job, range(10)))
+        await settle()
+        sender.open()
+        await asyncio.gather(*tasks)
+        await settle()
+    assert list(map(len, sender.loads)) == [1, 9, 10, 10, 10]
+    with counted_tasks() as made:
+        for number in range(CALM + 2):
+            await lane.put(Job(number))
+            await settle()
+    assert len(made) == CALM
+
+
 @pytest.mark.parametrize("shared", [False, True])
 async def test_a_session_twice(*, shared: bool) -> None:
     """Two writes of one session are never on their way at once, nor overtake each other; reads may be."""
@@ -212,8 +231,9 @@ async def test_a_sender_that_breaks() -> None:
     sender.open()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert [outcomes[0], *map(type, outcomes[1:])] == [1, BackendUnavailable, BackendUnavailable]
-    assert await lane.put(Job(4, 4)) == 4
-    await settle()
+    for number in range(CALM):
+        assert await lane.put(Job(4, number)) == number
+        await settle()
     # One that takes its own load is told by it.
     lane._sender.alone = broken  # type: ignore[method-assign]
     with pytest.raises(BackendUnavailable, match="broken"):

@@ -21,6 +21,8 @@ PATIENCE = 0.1
 #: Work for so many sessions, or of so many characters, makes a full load.
 MAX_LOAD = 128
 MAX_SIZE = 512 * 1024
+#: After so many loads in a row of one piece of work each, the next takes its own load.
+CALM = 4
 #: Seconds until a row that somebody else had locked is tried again.
 PAUSE = 0.02
 
@@ -131,9 +133,8 @@ class Lane(Generic[W, R]):
         self._slow = 0
         #: Whether the latest that landed had met a lock, or was slow. Then nothing more is sent that waits for one.
         self._wary = False
-        #: Whether the latest to land had one piece of work and nobody was waiting. Then the next takes its own; else it
-        #: leaves that to a task, which begins when all have come that come at this moment.
-        self._quiet = True
+        #: How many loads in a row had one piece of work, and landed with nobody waiting.
+        self._singles = CALM
 
     async def put(self, work: W) -> R:
         """Return the outcome of *work*; raise `BackendTimeout` when the deadline passes first."""
@@ -143,7 +144,9 @@ class Lane(Generic[W, R]):
         self._open.append(waiter)
         self._waiting.append(waiter)
         if self._prompt < self._flights:
-            if self._quiet and len(self._waiting) == 1 and self._may_go(waiter):
+            # In a crowd a load is a task's, which begins when all have come that come at this moment; else the first of
+            # them would go ahead, and all others wait for it.
+            if self._singles >= CALM and len(self._waiting) == 1 and self._may_go(waiter):
                 waiter.errand = self._flight_of_its_own()
                 await waiter.errand
                 waiter.errand = None
@@ -266,7 +269,7 @@ class Lane(Generic[W, R]):
         else:
             self._prompt -= 1
             self._wary = self._wary and any(waiter.met_lock for waiter in flight.load)
-        self._quiet = len(flight.load) == 1 and not self._waiting
+        self._singles = self._singles + 1 if len(flight.load) == 1 and not self._waiting else 0
         self._depart()
 
     def _settle(self, waiter: _Waiter[W, R], outcome: R | BaseException) -> None:
