@@ -21,8 +21,6 @@ PATIENCE = 0.1
 #: Work for so many sessions, or of so many characters, makes a full load.
 MAX_LOAD = 128
 MAX_SIZE = 512 * 1024
-#: After so many loads in a row of one piece of work each, the next takes its own load.
-CALM = 4
 #: Seconds until a row that somebody else had locked is tried again.
 PAUSE = 0.02
 
@@ -133,8 +131,6 @@ class Lane(Generic[W, R]):
         self._slow = 0
         #: Whether the latest that landed had met a lock, or was slow. Then nothing more is sent that waits for one.
         self._wary = False
-        #: How many loads in a row had one piece of work, and landed with nobody waiting.
-        self._singles = CALM
 
     async def put(self, work: W) -> R:
         """Return the outcome of *work*; raise `BackendTimeout` when the deadline passes first."""
@@ -144,9 +140,7 @@ class Lane(Generic[W, R]):
         self._open.append(waiter)
         self._waiting.append(waiter)
         if self._prompt < self._flights:
-            # In a crowd a load is a task's, which begins when all have come that come at this moment; else the first of
-            # them would go ahead, and all others wait for it.
-            if self._singles >= CALM and len(self._waiting) == 1 and self._may_go(waiter):
+            if len(self._waiting) == 1 and self._may_go(waiter):
                 waiter.errand = self._flight_of_its_own()
                 await waiter.errand
                 waiter.errand = None
@@ -160,11 +154,13 @@ class Lane(Generic[W, R]):
         return waiter.outcome
 
     def _flight_of_its_own(self) -> Errand:
-        """Return what takes the only one that waits, in that one's task until it leaves."""
+        """Return what takes the only one that waits, and all that come at the same moment, in that one's task until it
+        leaves.
+        """
         self._prompt += 1
         flight: _Flight[W, R] = _Flight()
         return self._supervisor.errand(
-            partial(self._fly, flight), overdue=partial(self._overdue, flight), ended=partial(self._landed, flight)
+            partial(self._fly_last, flight), overdue=partial(self._overdue, flight), ended=partial(self._landed, flight)
         )
 
     def _depart(self) -> None:
@@ -176,6 +172,11 @@ class Lane(Generic[W, R]):
         self._supervisor.begin(
             partial(self._fly, flight), overdue=partial(self._overdue, flight), ended=partial(self._landed, flight)
         )
+
+    async def _fly_last(self, flight: _Flight[W, R], lease: Lease) -> None:
+        # After those whose turn it is now: else the first of them would go ahead, and all others wait for it.
+        await asyncio.sleep(0)
+        await self._fly(flight, lease)
 
     async def _fly(self, flight: _Flight[W, R], lease: Lease) -> None:
         flight.since = lease.begun = self._supervisor.loop.time()
@@ -269,7 +270,6 @@ class Lane(Generic[W, R]):
         else:
             self._prompt -= 1
             self._wary = self._wary and any(waiter.met_lock for waiter in flight.load)
-        self._singles = self._singles + 1 if len(flight.load) == 1 and not self._waiting else 0
         self._depart()
 
     def _settle(self, waiter: _Waiter[W, R], outcome: R | BaseException) -> None:
