@@ -53,6 +53,13 @@ async def wait(errand: Errand) -> None:
     await errand
 
 
+async def called(errand: Errand) -> "asyncio.Task[None]":
+    """Return a task that waits for it, and has gone as far as it goes by itself."""
+    caller = asyncio.create_task(wait(errand))
+    await turns()
+    return caller
+
+
 async def test_in_place() -> None:
     """Work is done in the task that awaits it, whatever it waits for."""
     log, (one, two) = Log(), futures(2)
@@ -84,8 +91,7 @@ async def test_a_caller_that_is_cancelled(at: int) -> None:
     """Wherever it is cancelled, it goes at once; what the work waits for is not cancelled, and the rest is done."""
     log, (one, two, three) = Log(), futures(3)
     errand = Errand(log.wait(one, two, three))
-    caller = asyncio.create_task(wait(errand))
-    await turns()
+    caller = await called(errand)
     for number, future in enumerate((one, two, three)):
         if number == at:
             caller.cancel()
@@ -115,8 +121,7 @@ async def test_what_fails_after_the_caller_has_gone() -> None:
     log, (one, two), complaints = Log(), futures(2), []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     errand = Errand(log.wait(one, two))
-    caller = asyncio.create_task(wait(errand))
-    await turns()
+    caller = await called(errand)
     caller.cancel()
     await turns()
     one.set_exception(ValueError("broken"))
@@ -130,8 +135,7 @@ async def test_what_fails_after_the_caller_has_gone() -> None:
 async def test_a_caller_that_is_cancelled_too_late() -> None:
     """Cancelled when what it waited for is there but it has not gone on yet, it goes, and the rest is done."""
     log, (one,) = Log(), futures(1)
-    caller = asyncio.create_task(wait(Errand(log.wait(one))))
-    await turns()
+    caller = await called(Errand(log.wait(one)))
     one.set_result(1)
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -144,8 +148,7 @@ async def test_what_is_cancelled_itself() -> None:
     """What the work waits for may be cancelled by others: that is the work's to see, and then the caller's."""
     log, (one,) = Log(), futures(1)
     errand = Errand(log.wait(one))
-    caller = asyncio.create_task(wait(errand))
-    await turns()
+    caller = await called(errand)
     one.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
@@ -163,8 +166,7 @@ async def test_an_errand_within_an_errand(*, inner_first: bool) -> None:
         await outer_log.wait(two)
 
     outer = Errand(work())
-    caller = asyncio.create_task(wait(outer))
-    await turns()
+    caller = await called(outer)
     if inner_first:
         inner.leave()
         await turns()
@@ -187,8 +189,7 @@ async def test_leaving() -> None:
     """Made to leave, the caller goes on without an error while the work does."""
     log, (one,) = Log(), futures(1)
     errand = Errand(log.wait(one))
-    caller = asyncio.create_task(wait(errand))
-    await turns()
+    caller = await called(errand)
     errand.leave()
     errand.leave()
     await caller
@@ -210,8 +211,7 @@ async def test_cancelling(*, left: bool) -> None:
             await log.wait(two)
 
     errand = Errand(clean_up())
-    caller = asyncio.create_task(wait(errand))
-    await turns()
+    caller = await called(errand)
     if left:
         errand.leave()
     errand.cancel()
@@ -275,8 +275,7 @@ async def test_a_commit_that_fails(*, apart: bool, gone: bool) -> None:
     running: set[Commit] = set()
     (one,) = futures(1)
     found, failures = commit(Log().wait(one), running, apart=apart)
-    caller = asyncio.create_task(wait(found))
-    await turns()
+    caller = await called(found)
     if gone:
         caller.cancel()
     await turns()
@@ -292,8 +291,7 @@ async def test_drain(*, apart: bool) -> None:
     """Draining waits for those whose callers have gone, and cancels none if it is cancelled itself."""
     running: set[Commit] = set()
     (one,), log = futures(1), Log()
-    caller = asyncio.create_task(wait(commit(log.wait(one), running, apart=apart)[0]))
-    await turns()
+    caller = await called(commit(log.wait(one), running, apart=apart)[0])
     caller.cancel()
     draining, impatient = (asyncio.create_task(drain(running)) for _ in range(2))
     await turns()
@@ -320,8 +318,7 @@ async def test_apart() -> None:
             raise BackendTimeout("late") from None
 
     found, failures = commit(limited(), running, apart=True)
-    caller = asyncio.create_task(wait(found))
-    await turns()
+    caller = await called(found)
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller

@@ -397,11 +397,12 @@ class Connections:
             await self._idle.pop().close()
         return self._heard(await self._open())
 
-    def keep(self, connection: Connection) -> bool:
-        """Take *connection* back for the next, unless it is to be closed."""
+    async def give(self, connection: Connection) -> None:
+        """Take *connection* back."""
         if self.kept:
             self._idle.append(connection)
-        return self.kept
+        else:
+            await connection.close()
 
     async def discard(self, connection: Connection, *, others: bool = False) -> None:
         """Cut *connection*, and with *others* those that are kept, which lead to the same place."""

@@ -1,8 +1,9 @@
 """What waits at the same moment goes to the database together.
 
-A request puts its work on a lane and awaits the outcome. A lane with nothing in flight sends at once, alone; what
-arrives meanwhile is the next load. There are no timers, so a quiet application waits for nothing, and under pressure
-the loads grow and share the cost of a round trip and of a commit.
+A request puts its work on a lane and awaits the outcome. A lane with nothing in flight sends what comes in one turn of
+the event loop, most often one alone, in the task of the first; what arrives meanwhile is the next load, taken by a task
+of the lane's. There are no timers, so a quiet application waits for nothing, and under pressure the loads grow and
+share the cost of a round trip and of a commit.
 """
 
 import asyncio

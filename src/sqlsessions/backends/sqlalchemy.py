@@ -120,7 +120,7 @@ class SQLAlchemyBackend(Revocation):
 
     async def insert(self, record: Record) -> None:
         """Store a new record: one INSERT. Raise `DuplicateId` rather than overwrite."""
-        await self._write(self._statements.insert, record.id, _values(record), _inserted(record))
+        await self._write(self._statements.insert, record.id, record._asdict(), _inserted(record))
 
     def replace(self, record: Record, expected: Expected) -> Coroutine[Any, Any, bool]:
         """Store *record* if the row still matches *expected*: one UPDATE, of the data alone if nothing else is new."""
@@ -130,7 +130,7 @@ class SQLAlchemyBackend(Revocation):
             values["data"], values["version"] = record.data, record.version
         else:
             write = self._statements.replace
-            values.update(_values(record))
+            values.update(record._asdict())
             del values["id"]
         return self._write(write, record.id, values, _replaced(record, expected))
 
@@ -495,15 +495,16 @@ class _Turn:
                 raise
             raise fault from None
         self._lease.terminate = None
-        if self._lease.abandoned or not self._connections.keep(connection):
-            await self._part_with(connection, healthy=True)
+        await self._part_with(connection, healthy=True)
         return result
 
     async def _part_with(self, connection: Connection, *, healthy: bool) -> None:
-        if self.abandoned or not healthy:
-            await self._connections.discard(connection, others=not (self.abandoned or healthy))
-        elif not self._connections.keep(connection):
-            await connection.close()
+        if self.abandoned:
+            await self._connections.discard(connection)
+        elif healthy:
+            await self._connections.give(connection)
+        else:
+            await self._connections.discard(connection, others=True)
 
 
 def _model_engine(engine: str | sa.URL | AsyncEngine, deadline: float) -> Engine:
@@ -528,10 +529,6 @@ def _model_engine(engine: str | sa.URL | AsyncEngine, deadline: float) -> Engine
 
 def _unchanged(id: UUID, expected: Expected) -> dict[str, Any]:  # noqa: A002
     return {"the_id": id, "the_version": expected.version, "the_secret_hash": expected.secret_hash, "now": expected.now}
-
-
-def _values(record: Record) -> dict[str, Any]:
-    return record._asdict()
 
 
 def _inserted(record: Record) -> Done:
