@@ -464,9 +464,9 @@ class _Turn:
     async def again(self, use: Callable[[Connection], Awaitable[T]]) -> T:
         """Return what *use* returns, which may as well run twice: a dead connection is replaced once."""
         try:
-            return await self._try(use)
+            return await self.once(use)
         except Fault as fault:
-            if self.abandoned or not (fault.lost or fault.state in _SERIALIZATION):
+            if self.abandoned or not fault.lost:
                 raise
         return await self.once(use)
 
