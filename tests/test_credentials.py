@@ -20,6 +20,7 @@ import pytest
 from hypothesis import strategies as st
 from starlette.datastructures import Secret
 
+from sqlsessions import credentials
 from sqlsessions.credentials import (
     CookieSigner,
     Credential,
@@ -163,6 +164,7 @@ ALPHABET = bytes(range(256))
 def test_one_spelling() -> None:
     """Any other byte anywhere, a byte less or more, and the value is nobody's: also where base64 ignores bits (R7)."""
     one = signer()
+    assert one.unsign(SIGNED)  # and is remembered
     for place in range(len(SIGNED)):
         for byte in ALPHABET:
             if byte != SIGNED[place]:
@@ -242,6 +244,34 @@ def test_any_bytes_are_a_key() -> None:
     """A key of bytes need not be text."""
     one = signer(bytes(range(200, 240)))
     assert one.unsign(one.sign(CREDENTIAL).encode()) == (CREDENTIAL, False)
+
+
+def test_cookies_that_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a browser sends again is not computed again. No forgery takes the place of a genuine cookie, and only so
+    many are remembered.
+    """
+    computed: list[bytes] = []
+
+    def signature(key: Any, payload: bytes) -> bytes:
+        computed.append(payload)
+        return compute(key, payload)
+
+    compute = credentials._signature
+    one = signer()
+    cookies = [one.sign(Credential(new_id(START), new_secret())).encode() for _ in range(credentials.REMEMBERED + 1)]
+    monkeypatch.setattr(credentials, "_signature", signature)
+    found = [one.unsign(cookie) for cookie in cookies[:-1]]
+    assert None not in found
+    assert len(computed) == credentials.REMEMBERED
+    forged = [cookie[:-2] + b"??" for cookie in cookies]
+    assert [one.unsign(cookie) for cookie in forged] == [None] * len(forged)
+    computed.clear()
+    assert [one.unsign(cookie) for cookie in cookies[:-1]] == found
+    assert computed == []
+    assert one.unsign(cookies[-1])
+    assert len(computed) == 1
+    assert one.unsign(cookies[0]) == found[0]
+    assert len(computed) == 2
 
 
 # key rotation

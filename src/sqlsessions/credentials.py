@@ -11,8 +11,9 @@ import secrets
 from base64 import urlsafe_b64encode
 from binascii import a2b_base64
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NamedTuple
+from functools import lru_cache
 from uuid import UUID, SafeUUID
 
 from itsdangerous import Signer
@@ -28,6 +29,9 @@ _PAYLOAD_BYTES = len(_FORMAT) + 16 + SECRET_BYTES
 _PAYLOAD_CHARS = 66
 _VALUE_CHARS = _PAYLOAD_CHARS + 1 + 43
 
+#: The cookies that came last are known to be genuine, some 0.6 KB each: a browser sends the same one many times.
+REMEMBERED = 1024
+
 _TO_BASE64 = bytes.maketrans(b"-_", b"+/")
 
 #: Fewer different symbols than this are not random: 64 hex digits have 15 of 16, 32 random bytes about 30.
@@ -41,19 +45,20 @@ _PLACEHOLDERS = (
 )  # fmt: skip
 
 
-class Credential(NamedTuple):
+@dataclass(frozen=True, slots=True, repr=False)
+class Credential:
     """What a genuine cookie says: which session, and the secret that proves it. Its repr shows the id only."""
 
     id: UUID
     secret: bytes
+    #: What the table holds of this secret.
+    secret_hash: bytes = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "secret_hash", hash_secret(self.secret))
 
     def __repr__(self) -> str:
         return f"<Credential {self.id}>"
-
-    @property
-    def secret_hash(self) -> bytes:
-        """Return what the table holds of this secret."""
-        return hash_secret(self.secret)
 
 
 def new_id(now: datetime) -> UUID:
@@ -92,7 +97,7 @@ class CookieSigner:
     `ConfigurationError` for weak keys.
     """
 
-    __slots__ = ("_current", "_previous")
+    __slots__ = ("_current", "_previous", "_remembered")
 
     def __init__(
         self,
@@ -110,6 +115,8 @@ class CookieSigner:
             _derive(_checked(key, f"previous_secret_keys[{place}]"), salt)
             for place, key in enumerate(previous_secret_keys)
         ]
+        # Only what is genuine is remembered, since `_verified` raises for all else: whoever forges evicts nothing.
+        self._remembered = lru_cache(REMEMBERED)(self._verified)
 
     def __repr__(self) -> str:
         return f"<CookieSigner of {1 + len(self._previous)} keys>"
@@ -127,13 +134,23 @@ class CookieSigner:
         """
         if len(value) != _VALUE_CHARS or value[_PAYLOAD_CHARS] != ord("."):
             return None
+        try:
+            return self._remembered(value)
+        except _ForgedError:
+            return None
+
+    def _verified(self, value: bytes) -> tuple[Credential, bool]:
         payload, signature = value[:_PAYLOAD_CHARS], value[_PAYLOAD_CHARS + 1 :]
         if hmac.compare_digest(_signature(self._current, payload), signature):
             return _parse(payload), False
         for key in self._previous:
             if hmac.compare_digest(_signature(key, payload), signature):
                 return _parse(payload), True
-        return None
+        raise _ForgedError
+
+
+class _ForgedError(Exception):
+    """The cookie value was not signed by us."""
 
 
 def _signature(key: hmac.HMAC, payload: bytes) -> bytes:
