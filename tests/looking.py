@@ -1,6 +1,7 @@
 """Looking at a database past the library, and using the library whole."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -52,6 +53,21 @@ async def threads_ended() -> None:
     for thread in threading.enumerate():
         if "_connection_worker_thread" in thread.name:
             await asyncio.to_thread(thread.join)
+
+
+@contextmanager
+def left_as_garbage() -> Iterator[list[str]]:
+    """Give the kinds of our objects that the block leaves to the garbage collector, once it is over."""
+    found: list[str] = []
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        yield found
+        gc.collect()
+        found += [type(each).__name__ for each in gc.garbage if type(each).__module__.startswith("sqlsessions.")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
 
 
 @contextmanager

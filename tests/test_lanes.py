@@ -19,7 +19,8 @@ from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import BackendError, BackendTimeout, BackendUnavailable, CorruptData, DuplicateId
 from sqlsessions.record import Record
 from sqlsessions.testing import EVER, MINUTE, START, expecting, following, make_record
-from tests.looking import PATIENCE, closing, counted_tasks, pids, sql, threads_ended
+from tests.looking import PATIENCE, closing, counted_tasks, left_as_garbage, pids, sql, threads_ended
+from tests.staging import Site, Staged
 
 pytestmark = pytest.mark.anyio
 
@@ -484,6 +485,20 @@ async def test_one_at_a_time_there_are_no_tasks(sessions_url: str) -> None:
         with counted_tasks() as made:
             await asyncio.gather(*(backend.load(record.id, START) for record in records))
         assert len(made) - len(records) <= 1
+
+
+@pytest.mark.parametrize("browsers", [1, 8])
+async def test_nothing_is_left_to_the_garbage_collector(sessions_url: str, browsers: int) -> None:
+    """What a request, alone or in a crowd, needed of us is free when it ends: sessions are large, collections slow."""
+    site = Site(Staged(SQLAlchemyBackend(sessions_url)))
+    guests = [await site.filled(n=0, cart=[{}]) for _ in range(browsers)]
+    for do in (lambda session: session["n"], lambda session: session.update(n=1), lambda session: session["cart"]):
+        await asyncio.gather(*(guest.do(do) for guest in guests))
+        with left_as_garbage() as found:
+            await asyncio.gather(*(guest.do(do) for guest in guests))
+            await settle()
+        assert found == []
+    await site.backend.aclose()
 
 
 async def test_connections_under_load(postgres_sessions_url: str) -> None:

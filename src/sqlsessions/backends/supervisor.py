@@ -63,6 +63,8 @@ class _Errand(Errand):
     def _end(self, error: BaseException | None) -> None:
         super()._end(error)
         self._supervisor.ended(self._lease)
+        # The lease knows this. Left alone, the two of them and all of their load would wait for the garbage collector.
+        del self._lease.task
         self._told(error)
 
 
