@@ -10,13 +10,13 @@ one action owed; a compare-and-swap carries it out
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum, auto
 from operator import is_
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, assert_never
 from uuid import UUID
 from weakref import WeakValueDictionary, ref
 
@@ -39,7 +39,7 @@ from sqlsessions.errors import (
 from sqlsessions.events import Event, EventHook, EventKind, emitter
 from sqlsessions.payload import Limits, changed_keys, decode, encode, merge
 from sqlsessions.record import FORMAT, Expected, Record, Timeouts, next_version, principal, utc_now
-from sqlsessions.session import Change, Marks, Session
+from sqlsessions.session import UNMARKED, Change, Marks, Session
 
 UserKey = str | Callable[[Mapping[str, Any]], str | int | None] | None
 OnUnavailable = Literal["raise", "anonymous"]
@@ -180,7 +180,7 @@ class SessionManager:
         if values is None:
             self.emit(Event("too_many_cookies"))
             return _visit(self, None, stale_key=False, client=client)
-        found = [unsigned for value in values if (unsigned := self.signer.unsign(value)) is not None]
+        found = list(filter(None, map(self.signer.unsign, values)))
         genuine = found if len(found) < 2 else list(dict(found).items())  # noqa: PLR2004 - one has no twin
         if len(genuine) == 1:
             credential, stale_key = genuine[0]
@@ -334,7 +334,7 @@ class Visit:
 
     async def reload(self) -> None:
         """Read again and drop what was not committed."""
-        self.session.marks = Marks()
+        self.session.marks = UNMARKED
         if self.record is None:
             dict.clear(self.session)
         else:
@@ -356,33 +356,44 @@ class Visit:
         await self._whole(apply())
         return result
 
-    async def commit(self, *, failed: bool = False, may_touch: Callable[[], bool] = lambda: True) -> None:
-        """Write what this request owes; sets `cookie`. With *failed* (a 5xx, an exception) only ends a session that
-        was to end.
+    async def commit(self, *, failed: bool = False) -> None:
+        """Write what this request owes; see `owed`."""
+        commit = self.owed(failed=failed)
+        if commit is not None:
+            await commit
 
-        Raises `SessionGone` when the session ended meanwhile and a change was dropped, `SessionConflict`,
+    def owed(self, *, failed: bool = False, may_touch: Callable[[], bool] = lambda: True) -> Commit | None:
+        """Return what writes, when it is awaited, what this request owes, and sets `cookie`; None if that is nothing.
+        With *failed* (a 5xx, an exception) only a session that was to end is ended.
+
+        It raises `SessionGone` when the session ended meanwhile and a change was dropped, `SessionConflict`,
         `HeadersSent`, `InvalidData` or `BackendError`; nothing was written then, but for what had to be deleted.
         """
-        if not self._loaded or (self._failure is not None and not self.session.accessed):
-            return
-        if failed and not self.session.marks.ended:
-            return
-        if self._commit is not None and not self._commit.over:
+        session, previous = self.session, self._commit
+        if not self._loaded or (self._failure is not None and not session.accessed):
+            return None
+        if failed and not session.marks.ended:
+            return None
+        work: Work | None
+        if previous is not None and not previous.over:
             # As one piece: a logout stays one whose caller is cancelled once more while it waits its turn.
-            await self._whole(self._follow(self._commit, failed=failed, may_touch=may_touch))
-        elif (work := self._owed(failed=failed, may_touch=may_touch)) is not None:
-            await self._whole(work)
+            work = self._follow(previous, failed=failed, may_touch=may_touch)
+        elif self._nothing_owed(session):
+            return None
+        else:
+            work = self._work(failed=failed, may_touch=may_touch)
+        return None if work is None else self._whole(work)
 
     async def _follow(self, previous: Commit, *, failed: bool, may_touch: Callable[[], bool]) -> None:
         await asyncio.wait({previous.ended()})
-        if (work := self._owed(failed=failed, may_touch=may_touch)) is not None:
+        if (work := self._work(failed=failed, may_touch=may_touch)) is not None:
             await work
 
-    def _owed(self, *, failed: bool, may_touch: Callable[[], bool]) -> Work | None:
+    def _work(self, *, failed: bool, may_touch: Callable[[], bool]) -> Work | None:
         """Return the work that is owed now; None if there is none."""
         draft = self._draft(failed=failed, may_touch=may_touch)
         # A logout that could not find its session must not look like one that did.
-        refused = self._failure is not None and self.session.marks.ended and not failed
+        refused = self._failure is not None and draft.marks.ended and not failed
         if draft.action is Action.NOTHING and not refused:
             return None
         self._check_writable()
@@ -402,15 +413,13 @@ class Visit:
         self._commit = self._manager.commit(work, self.session, failed=self._refused)
         return self._commit
 
-    def nothing_owed(self) -> bool:
+    def _nothing_owed(self, session: Session) -> bool:
         """Tell, without encoding anything, whether a commit would do nothing, as most do.
 
         So it is if no handler has set a key, or had hold of a value that can change.
         """
-        session, record, stored = self.session, self.record, self._as_stored
-        if session.written or session.lent or self._stale_key or session.marks.any:
-            return False
-        if self._commit is not None and not self._commit.over:
+        record, stored = self.record, self._as_stored
+        if session.written or session.lent or self._stale_key or session.marks is not UNMARKED:
             return False
         if record is None or stored is None:
             return record is None and not dict.__len__(session)
@@ -479,32 +488,35 @@ class Visit:
         session, record, now = self.session, self.record, self._manager.clock()
         marks = session.marks
         quiet = failed or not (session.accessed or self._stale_key)
-        data = dict(dict.items(session))  # a look that is no access
+        data = dict(dict.items(session))  # a look that is no access; `dict.copy` would be one
         user = None if quiet else self.user_of(data)
         empty = user is None and not data
-        known = record.data if record is not None else None
+        known = before = None
+        if record is not None:
+            known, before = record.data, None if marks.ended else record.user_id
         text = ""
         if not quiet and (record is not None or not empty):
             text = encode(data, self._manager.limits, known=known, stored=self._as_stored, lent=session.lent)
-        before = record.user_id if record is not None and not marks.ended else None
         changed = known is not None and not quiet and text != known
         facts = Facts(
-            stored=record is not None,
-            gone=self._gone,
-            ended=marks.ended,
-            failed=failed,
-            empty=empty,
-            changed=changed,
-            switched=not quiet and before is not None and user is not None and user != before,
-            renewed=not quiet and (user != before or marks.renew or marks.login is not None),
-            settings=marks.timeouts or marks.persistent is not None,
+            record is not None,
+            self._gone,
+            marks.ended,
+            failed,
+            empty,
+            changed,
+            # The user is another than the stored one.
+            not quiet and before is not None and user is not None and user != before,
+            # A new secret is owed.
+            not quiet and (user != before or marks.renew or marks.login is not None),
+            marks.timeouts or marks.persistent is not None,
             # Any change is a sign of use as well.
-            touch_due=not changed and self._touch_due(now) and may_touch(),
+            not changed and self._touch_due(session, now) and may_touch(),
         )
         action = Action.NOTHING if quiet and not failed else decide(facts)
-        return _Draft(action, text, user, now, data, replace(marks) if marks.any else Marks())
+        return _Draft(action, text, user, now, data, marks)
 
-    def _touch_due(self, now: datetime) -> bool:
+    def _touch_due(self, session: Session, now: datetime) -> bool:
         """Tell whether the session's use is worth a write. A cookie of an old key is: it is re-issued if the touch
         finds the row. A touch whose cookie can no longer be sent waits for another response, and one that failed for
         another interval.
@@ -514,7 +526,7 @@ class Visit:
             return False
         if self._touched_at is not None and now - self._touched_at < timeouts.touch_interval(record):
             return False
-        return self._stale_key or (self.session.accessed and timeouts.touch_due(record, now))
+        return self._stale_key or (session.accessed and timeouts.touch_due(record, now))
 
     def _refused(self, error: Exception) -> None:
         """Tell of a commit that failed, even if nobody waits for it any more."""
@@ -525,55 +537,64 @@ class Visit:
 
     async def _carry_out(self, draft: "_Draft", *, failed: bool, may_touch: Callable[[], bool]) -> None:
         """Perform *draft*; whenever another writer was faster, load and merge and decide again."""
-        if await self._perform(draft):
-            return
+        if not await self._performing(draft):
+            draft = await self._perform_in_turn(failed=failed, may_touch=may_touch)
+        # The handler may have gone on meanwhile, and asked for more, such as an end: that is still owed.
+        session = self.session
+        if draft.marks is not UNMARKED and session.marks == draft.marks:
+            session.marks = UNMARKED
+
+    async def _perform_in_turn(self, *, failed: bool, may_touch: Callable[[], bool]) -> "_Draft":
         record_id = self.record.id if self.record else None
         async with self._manager.turns.of(record_id):
             for attempt in range(1, _TRIES):
                 await self._rebase()
                 draft = self._draft(failed=failed, may_touch=may_touch)
-                if await self._perform(draft):
-                    return
+                if await self._performing(draft):
+                    return draft
                 await _back_off(attempt)
         raise self._conflict()
 
-    async def _perform(self, draft: "_Draft") -> bool:  # noqa: C901, PLR0912 - a case for each action
-        """Carry out the action; False if a compare-and-swap found another row than was read."""
+    def _performing(self, draft: "_Draft") -> Coroutine[Any, Any, bool]:  # noqa: PLR0911 - a case for each action
+        """Return what carries out the action: with False, if a compare-and-swap found another row than was read."""
         if self.headers_sent and draft.action in _NEED_COOKIE:
             raise HeadersSent(
                 "a new session, renew() or login() needs a cookie, but the response headers have been sent"
             )
         match draft.action:
             case Action.UPDATE | Action.RENEW:
-                if not await self._replace(draft):
-                    return False
+                return self._replace(draft)
             case Action.NOTHING:
-                return True
+                return self._do_nothing()
             case Action.TOUCH:
-                await self._touch(draft)
-                return True
+                return self._touch(draft)
             case Action.INSERT:
-                await self._insert(draft)
+                return self._insert(draft)
             case Action.DELETE:
-                await self._delete()
+                return self._delete()
             case Action.DELETE_THEN_INSERT:
-                await self._delete()
-                await self._insert(draft)
+                return self._begin_anew(draft)
             case Action.DELETE_UNCHANGED:
-                if not await self._delete(self._expected(draft.now)):
-                    return False
+                return self._delete(self._expected(draft.now))
             case Action.SWITCH_USER:
-                ours = self._set_here()
-                if not await self._delete(self._expected(draft.now)):
-                    return False
-                self._put(ours)
-                await self._insert(draft._replace(data=ours, text=encode(ours, self._manager.limits)))
-        # The handler may have gone on meanwhile, and asked for more, such as an end: that is still owed.
-        if draft.marks.any and self.session.marks == draft.marks:
-            self.session.marks = Marks()
+                return self._switch_user(draft)
+        assert_never(draft.action)
+
+    async def _do_nothing(self) -> bool:
         return True
 
-    async def _insert(self, draft: "_Draft") -> None:
+    async def _begin_anew(self, draft: "_Draft") -> bool:
+        await self._delete()
+        return await self._insert(draft)
+
+    async def _switch_user(self, draft: "_Draft") -> bool:
+        ours = self._set_here()
+        if not await self._delete(self._expected(draft.now)):
+            return False
+        self._put(ours)
+        return await self._insert(draft._replace(data=ours, text=encode(ours, self._manager.limits)))
+
+    async def _insert(self, draft: "_Draft") -> bool:
         """Create the row under an id and a secret of our own making; a taken id is not overwritten but left for
         another (R5).
         """
@@ -607,6 +628,7 @@ class Visit:
         if draft.user is not None:
             self._emit("bound")
             await self._trim(record)
+        return True
 
     async def _replace(self, draft: "_Draft") -> bool:
         """Update the row, with a new secret if that is owed, if it still is the one that was read."""
@@ -677,7 +699,7 @@ class Visit:
             record = record._replace(expires_at=until if shorter else max(before.expires_at, until))
         return record
 
-    async def _touch(self, draft: "_Draft") -> None:
+    async def _touch(self, draft: "_Draft") -> bool:
         """Extend the expiry. A failure is an event and nothing more: the response does not depend on it."""
         self._touched_at = draft.now
         before, credential = self._standing()
@@ -686,10 +708,11 @@ class Visit:
             touched = await self._manager.backend.touch(before.id, before.secret_hash, now=draft.now, expires_at=until)
         except BackendError as error:
             self._emit("unavailable", detail=type(error).__name__)
-            return
+            return True
         if touched:
             record = before._replace(last_seen_at=draft.now, expires_at=max(before.expires_at, until))
             self._adopt(record, credential, told=self._to_be_told(before, record))
+        return True
 
     async def _delete(self, expected: Expected | None = None) -> bool:
         """Delete the row, or only if it still is as *expected*; then there is no session any more."""
@@ -753,7 +776,7 @@ class Visit:
         result = _apply(change, {})
         text = encode(result, self._manager.limits)
         if result:
-            draft = _Draft(Action.INSERT, text, self._user_in(result), self._manager.clock(), decode(text), Marks())
+            draft = _Draft(Action.INSERT, text, self._user_in(result), self._manager.clock(), decode(text), UNMARKED)
             await self._insert(draft)
         self._put(merge({}, result, pending))
         return result
@@ -780,8 +803,8 @@ class Visit:
             raise InvalidData("atomic() cannot change whose session it is: use login()")
         text = encode(result, self._manager.limits)
         if text != before.data:
-            marks, self.session.marks = self.session.marks, Marks()
-            draft = _Draft(Action.UPDATE, text, before.user_id, now, result, Marks())
+            marks, self.session.marks = self.session.marks, UNMARKED
+            draft = _Draft(Action.UPDATE, text, before.user_id, now, result, UNMARKED)
             record = self._next(before, draft, before.secret_hash)
             self.session.marks = marks
             if not await self._manager.backend.replace(record, self._expected(now)):

@@ -276,8 +276,12 @@ class _Exchange:
         """Commit what was changed after the headers; answer, if the application's response was abandoned."""
         if self._failure is not None:
             await self._answer(self._failure)
-        elif not self._visit.nothing_owed():
-            await self._commit(failed=self._failed)
+        elif (commit := self._visit.owed(failed=self._failed)) is not None:
+            try:
+                await commit
+            except SessionGone:
+                if self._on_gone == "raise":
+                    raise
 
     async def fail(self, error: BaseException) -> None:
         """End the session if that was asked for, then answer errors of ours and raise all others."""
@@ -305,10 +309,12 @@ class _Exchange:
         # A refused handshake has no headers of ours.
         self._visit.headers_sent = message["type"] == "websocket.close"
         try:
-            if not self._visit.nothing_owed():
-                await self._commit(failed=self._failed, may_touch=lambda: not _shared(headers))
+            commit = self._visit.owed(failed=self._failed, may_touch=lambda: not _shared(headers))
+            if commit is not None:
+                await commit
         except Exception as error:  # noqa: BLE001 - answered or raised once the application has stopped
-            self._failure = error
+            if self._on_gone == "raise" or not isinstance(error, SessionGone):
+                self._failure = error
         if status == _SERVER_ERROR and self._failure is None:
             # A mounted application has an error page of its own, which knows nothing of outages.
             self._failure = self._visit.refusal
@@ -318,13 +324,6 @@ class _Exchange:
         if message["type"] == "websocket.close":
             return message
         return {**message, "headers": self._dressed(headers)}
-
-    async def _commit(self, *, failed: bool, may_touch: Callable[[], bool] = lambda: True) -> None:
-        try:
-            await self._visit.commit(failed=failed, may_touch=may_touch)
-        except SessionGone:
-            if self._on_gone == "raise":
-                raise
 
     def _dressed(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return *headers* with what the session adds: nothing, if it was not used."""

@@ -4,9 +4,8 @@
 
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from copy import deepcopy
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, NoReturn, Protocol, Self
+from typing import Any, NamedTuple, NoReturn, Protocol, Self
 from uuid import UUID
 
 from sqlsessions.errors import HeadersSent, InvalidData
@@ -20,8 +19,7 @@ Change = Callable[[dict[str, Any]], Mapping[str, Any] | None]
 CONSTANT = frozenset({str, int, float, bool, type(None)})
 
 
-@dataclass(slots=True)
-class Marks:
+class Marks(NamedTuple):
     """What a handler asked for besides data; carried out at the next commit."""
 
     ended: bool = False
@@ -33,10 +31,9 @@ class Marks:
     timeouts: bool = False
     persistent: bool | None = None
 
-    @property
-    def any(self) -> bool:
-        """Whether anything was asked for."""
-        return bool(self.ended or self.renew or self.login is not None or self.timeouts or self.persistent is not None)
+
+#: Of a session of which nothing was asked.
+UNMARKED = Marks()
 
 
 class SessionOps(Protocol):
@@ -97,7 +94,7 @@ class Session(dict[str, Any]):
         self.lent = False
         #: Whether a handler set or deleted a key.
         self.written = False
-        self.marks = Marks()
+        self.marks = UNMARKED
 
     def __repr__(self) -> str:
         """Show the id only: data stays out of logs."""
@@ -169,7 +166,7 @@ class Session(dict[str, Any]):
     @persistent.setter
     def persistent(self, value: bool) -> None:
         self._before_cookie("persistent")
-        self.marks.persistent = bool(value)
+        self.marks = self.marks._replace(persistent=bool(value))
 
     @property
     def modified(self) -> bool:
@@ -199,7 +196,7 @@ class Session(dict[str, Any]):
         if user is None:
             raise InvalidData("login() needs a user: clear() ends a session, and deleting the user key unbinds it")
         self._before_cookie("login()")
-        self.marks.login = user
+        self.marks = self.marks._replace(login=user)
         if self._ops.user_key is not None:
             super().__setitem__(self._ops.user_key, user_id)
 
@@ -208,7 +205,7 @@ class Session(dict[str, Any]):
         commits.
         """
         self._before_cookie("renew()")
-        self.marks.renew = True
+        self.marks = self.marks._replace(renew=True)
 
     def revoke(self) -> None:
         """End the session: the row is deleted even if the response turns out a failure. Keys set afterwards begin a
@@ -227,8 +224,8 @@ class Session(dict[str, Any]):
         self._before_write()
         if idle is not None and not timedelta(seconds=1) <= idle <= timedelta(days=20_000):
             raise InvalidData(f"the idle timeout must be from one second to 20,000 days, not {idle!r}")
-        self.marks.idle_timeout = None if idle is None else int(idle.total_seconds())
-        self.marks.timeouts = True
+        seconds = None if idle is None else int(idle.total_seconds())
+        self.marks = self.marks._replace(idle_timeout=seconds, timeouts=True)
 
     async def save(self) -> None:
         """Commit now what would otherwise be committed with the response; after the headers the way to commit before
