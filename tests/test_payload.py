@@ -8,9 +8,11 @@ import re
 import sys
 import tracemalloc
 from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -418,6 +420,63 @@ def test_known_text_over_limits() -> None:
     assert encode(decode(known), Limits(max_keys=1), known=known) == known
     with pytest.raises(InvalidData, match="the limit is 50"):
         encode(decode(known) | {"c": 1}, Limits(max_bytes=50), known=known)
+
+
+SPELLINGS: dict[str, Callable[[object], str]] = {
+    "ours": partial(json.dumps, ensure_ascii=False, separators=(",", ":")),
+    "json's": json.dumps,
+    "indented": partial(json.dumps, indent=1),
+    "a space before each colon": partial(json.dumps, separators=(",", " : ")),
+}
+keys = st.sampled_from(["n", "m", "", "é", '"n', 'n":0,', ',"n":0}', "\\", "cart", "}"])
+constants = st.sampled_from([0, 1, -7, 10**30, 0.5, -0.0, 1e300, True, False, None, "", "é", '"n":0', ',"n":0}', "\\"])
+
+
+@pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS)
+@given(
+    stored=st.dictionaries(keys, constants | st.just([{"n": 0}]) | st.just({"n": 0})),
+    news=st.dictionaries(keys, constants | st.just(["n"]), max_size=3),
+    gone=st.sets(keys, max_size=2),
+)
+def test_few_changes(
+    spell: Callable[[object], str], stored: dict[str, Any], news: dict[str, Any], gone: set[str]
+) -> None:
+    """Whatever few keys are set or deleted, and however the rest is spelled, the text says what there is."""
+    known = spell(stored)
+    changed = {key: value for key, value in stored.items() if key not in gone} | news
+    text = encode(changed, ROOMY, known=known, stored=stored, lent=False)
+    assert same(decode(text), changed)
+    if known == encode(stored, ROOMY):
+        assert text == (encode(changed, ROOMY) if changed != stored or not same(changed, stored) else known)
+
+
+def test_what_is_not_lent_is_not_encoded() -> None:
+    """Of a list that nobody was given, the text is the one it came from: a request that counts costs no cart."""
+    cart = [object()]
+    cases: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+        ('{"n":1,"cart":[0]}', {"n": 1, "cart": cart}, {"n": 2, "cart": cart}, '{"n":2,"cart":[0]}'),
+        ('{"cart":[0],"n":1}', {"cart": cart, "n": 1}, {"cart": cart, "n": 2}, '{"cart":[0],"n":2}'),
+        ('{"cart":[0],"n":1}', {"cart": cart, "n": 1}, {"cart": cart}, '{"cart":[0]}'),
+        ('{"cart":[0]}', {"cart": cart}, {"cart": cart, "n": 2}, '{"cart":[0],"n":2}'),
+        ('{"m":0,"n":1,"cart":[0]}', {"m": 0, "n": 1, "cart": cart}, {"m": 0, "cart": cart}, '{"m":0,"cart":[0]}'),
+    ]
+    for known, stored, changed, text in cases:
+        assert encode(changed, LIMITS, known=known, stored=stored, lent=False) == text
+        with pytest.raises(InvalidData):
+            encode(changed, LIMITS, known=known, stored=stored)
+
+
+def test_a_key_that_stands_there_twice() -> None:
+    """Where others have written a key twice, of which the last counts, it is changed there as well."""
+    for known in (
+        '{"n":5,"x":[],"n":5}',
+        '{"x":[],"n":4,"m":1,"n":5}',
+        '{"n":5,"x":[],"n" :5}',
+        '{"n":5,"x":[],"\\u006e":5}',
+    ):
+        stored = decode(known)
+        changed = stored | {"n": 6}
+        assert decode(encode(changed, LIMITS, known=known, stored=stored, lent=False)) == changed
 
 
 def test_many_brackets() -> None:

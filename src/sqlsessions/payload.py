@@ -4,7 +4,7 @@ What goes in comes out, on every database, or is refused with the path of the of
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, NoReturn
@@ -18,6 +18,17 @@ MAX_DEPTH = 31
 _MANY_BITS = 10_000
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
+
+#: How JSON spells what has no parts; `_encode` has a short way for text only.
+_SPELLED: Mapping[type, Callable[[Any], str]] = {
+    str: _encode,
+    int: repr,
+    float: repr,
+    bool: {False: "false", True: "true"}.__getitem__,
+    type(None): {None: "null"}.__getitem__,
+}
+#: More members than this take longer one by one than all together.
+_FEW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +58,9 @@ def encode(
     are not str, tuples, sets, subclasses, NaN, lone surrogates, integers Python will not print, nesting deeper than
     31, or data over *limits*.
 
-    *known* is the text that *stored* was decoded from. What is still the same object is not inspected again, which
-    for a cart of twenty things is most of the cost of a session, unless somebody was *lent* it and the text differs.
+    *known* is the text that *stored* was decoded from. What is still the same object is neither inspected nor, if that
+    can be helped, encoded again, which for a cart of twenty things is most of the cost of a session, unless somebody
+    was *lent* it and the text differs.
     """
     items = list(data.items())
     fresh = items if stored is None else [item for item in items if item[1] is not stored.get(item[0], stored)]
@@ -57,7 +69,10 @@ def encode(
         _check_keys(data, limits)
         # Before there is any text: 20 MB of somebody's would become 40.
         inspector.mapping(fresh, (), 1)
-        text = _unchecked(data) if known is not None else None
+        text = None
+        if known is not None:
+            text = None if lent or stored is None else _patched(known, stored, items)
+            text = text or _unchecked(data)
         if text is not None and text == known:
             return known
         if stored is not None and (lent or text is None):
@@ -69,6 +84,53 @@ def encode(
         if known is not None and unset and _unchecked(data) == _unchecked(decode(known)):
             return known
         raise
+
+
+def _patched(known: str, stored: Mapping[str, Any], items: list[tuple[str, Any]]) -> str | None:
+    """Return *items* as JSON text, by putting into *known*, which *stored* was decoded from, what differs from that;
+    None unless it is few constants, at one end.
+    """
+    before = list(stored.items())
+    same = _same(before, items)
+    same_at_end = _same(before[same:][::-1], items[same:][::-1])
+    old_end, new_end = len(before) - same_at_end, len(items) - same_at_end
+    if same_at_end and old_end <= _FEW and _once(known, before[same:old_end]):
+        old, new = _members(before[:old_end]), _members(items[:new_end])
+        if old and new and known.startswith(old := f"{{{old[1:]},"):
+            return f"{{{new[1:]},{known[len(old) :]}"
+    if same and len(before) - same <= _FEW:
+        old, new = _members(before[same:]), _members(items[same:])
+        if old is not None and new is not None and known.endswith(old := f"{old}}}"):
+            return f"{known[: -len(old)]}{new}}}"
+    return None
+
+
+def _once(known: str, items: list[tuple[str, Any]]) -> bool:
+    """Tell whether each key stands in *known* once, and not again, spelled otherwise, further on: the last counts."""
+    if "\\" in known and ("\\u" in known or "\\/" in known):
+        return False
+    return all(known.count(_encode(key)) == 1 for key, _ in items)
+
+
+def _same(some: list[tuple[str, Any]], others: list[tuple[str, Any]]) -> int:
+    """Return how many items at the beginning are the same objects in both."""
+    count = 0
+    for one, other in zip(some, others, strict=False):
+        if one[1] is not other[1] or one[0] != other[0]:
+            break
+        count += 1
+    return count
+
+
+def _members(items: list[tuple[str, Any]]) -> str | None:
+    """Return the members of a JSON object, a comma before each; None unless all values are constants."""
+    found = ""
+    for key, value in items:
+        spell = _SPELLED.get(type(value))
+        if spell is None:
+            return None
+        found += f",{_encode(key)}:{spell(value)}"
+    return found
 
 
 def _check_keys(data: Mapping[str, Any], limits: Limits) -> None:
@@ -100,7 +162,10 @@ def decode(text: object) -> dict[str, Any]:
     if not isinstance(text, str):
         raise CorruptData(f"stored data is {type(text).__name__}, not text")
     try:
-        data = _parsed(text)
+        data, end = _raw_decode(text) if text.startswith("{") else (None, 0)
+        if end != len(text):
+            # Only what `encode` did not write has anything before or behind it.
+            data = _decode(text)
     except (ValueError, RecursionError):
         # The cause would carry the document into a traceback.
         raise CorruptData("stored data is not valid JSON") from None
@@ -113,15 +178,6 @@ def decode(text: object) -> dict[str, Any]:
     if text.count("{") + text.count("[") > MAX_DEPTH and _too_deep(data):
         raise CorruptData(f"stored data is nested deeper than {MAX_DEPTH} levels")
     return data
-
-
-def _parsed(text: str) -> Any:
-    # Only what `encode` did not write has anything before or behind it.
-    if text.startswith("{"):
-        data, end = _raw_decode(text)
-        if end == len(text):
-            return data
-    return _decode(text)
 
 
 def changed_keys(baseline: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:
@@ -220,7 +276,10 @@ class _Inspector:
         elif kind is list:
             self._items(value, (*path, key), depth + 1)  # type: ignore[arg-type]
         elif kind is int:
-            self._integer(value, (*path, key))  # type: ignore[arg-type]
+            bits = value.bit_length()  # type: ignore[attr-defined]
+            self._room -= bits // 4
+            if bits > _MANY_BITS:
+                self._printed(value, (*path, key))
         elif kind is float:
             if not isfinite(value):  # type: ignore[arg-type]
                 raise InvalidData(f"{_spell((*path, key))} is {value!r}, which JSON cannot hold (RFC 8259)")
@@ -229,7 +288,9 @@ class _Inspector:
                 f"{_spell((*path, key))} is a {kind.__module__}.{kind.__qualname__}; "
                 "only dict, list, str, int, float, bool and None are stored unchanged: convert it first"
             )
-        self._spend(1)
+        self._room -= 1
+        if self._room < 0:
+            raise _too_large(self._limit)
 
     def _items(self, items: list[object], path: tuple[str | int, ...], depth: int) -> None:
         if depth > MAX_DEPTH:
@@ -238,26 +299,22 @@ class _Inspector:
             self._value(value, path, index, depth)
 
     def _text(self, text: str, path: tuple[str | int, ...]) -> None:
-        self._spend(len(text) + 2)
+        self._room -= len(text) + 2
+        if self._room < 0:
+            raise _too_large(self._limit)
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError:
                 raise InvalidData(f"{_spell(path)} holds a lone surrogate, which is not text (RFC 3629)") from None
 
-    def _integer(self, number: int, path: tuple[str | int, ...]) -> None:
-        bits = number.bit_length()
-        self._spend(bits // 4)
-        if bits > _MANY_BITS:
-            try:
-                str(number)
-            except ValueError:
-                raise InvalidData(f"{_spell(path)} is an integer of more digits than Python prints") from None
-
-    def _spend(self, size: int) -> None:
-        self._room -= size
+    def _printed(self, number: object, path: tuple[str | int, ...]) -> None:
         if self._room < 0:
             raise _too_large(self._limit)
+        try:
+            str(number)
+        except ValueError:
+            raise InvalidData(f"{_spell(path)} is an integer of more digits than Python prints") from None
 
 
 def _spell(path: tuple[str | int, ...]) -> str:
