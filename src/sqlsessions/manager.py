@@ -159,6 +159,8 @@ class SessionManager:
         self.timeouts = timeouts
         self.limits = limits
         self.user_key = user_key
+        #: The key as a function, if it is one.
+        self.finds_user = user_key if callable(user_key) else None
         self.persistent = persistent
         self.on_unavailable = on_unavailable
         self.emit = emitter(on_event)
@@ -282,10 +284,12 @@ class Visit:
 
     def user_of(self, data: Mapping[str, Any]) -> str | None:
         """Return the user *data* is bound to. Raises `InvalidData` for what cannot be a user id."""
-        key, login = self._manager.user_key, self.session.marks.login
-        if key is None:
-            bound = None if self.session.marks.ended or self.record is None else self.record.user_id
-            return login or bound
+        return self._user_of(data, self.session.marks)
+
+    def _user_of(self, data: Mapping[str, Any], marks: Marks) -> str | None:
+        login = marks.login
+        if self._manager.user_key is None:
+            return login or (None if marks.ended or self.record is None else self.record.user_id)
         found = self._user_in(data)
         if login is not None and found != login:
             raise InvalidData(
@@ -315,7 +319,7 @@ class Visit:
         self._failure = None
         if self._credential is not None:
             try:
-                refusal = await self._look(self._credential)
+                refusal = await self._look(self._credential, session)
                 if refusal is not None:
                     self._emit(refusal)
                     # Not adopted: a client does not choose an id (R2).
@@ -353,7 +357,7 @@ class Visit:
         async def apply() -> None:
             result.update(await (self._begin_with(change) if self.record is None else self._swap_in(change)))
 
-        await self._whole(apply())
+        await self._whole(apply(), self.session)
         return result
 
     async def commit(self, *, failed: bool = False) -> None:
@@ -377,27 +381,27 @@ class Visit:
         work: Work | None
         if previous is not None and not previous.over:
             # As one piece: a logout stays one whose caller is cancelled once more while it waits its turn.
-            work = self._follow(previous, failed=failed, may_touch=may_touch)
+            work = self._follow(previous, session, failed=failed, may_touch=may_touch)
         elif self._nothing_owed(session):
             return None
         else:
-            work = self._work(failed=failed, may_touch=may_touch)
-        return None if work is None else self._whole(work)
+            work = self._work(session, failed=failed, may_touch=may_touch)
+        return None if work is None else self._whole(work, session)
 
-    async def _follow(self, previous: Commit, *, failed: bool, may_touch: Callable[[], bool]) -> None:
+    async def _follow(self, previous: Commit, session: Session, *, failed: bool, may_touch: Callable[[], bool]) -> None:
         await asyncio.wait({previous.ended()})
-        if (work := self._work(failed=failed, may_touch=may_touch)) is not None:
+        if (work := self._work(session, failed=failed, may_touch=may_touch)) is not None:
             await work
 
-    def _work(self, *, failed: bool, may_touch: Callable[[], bool]) -> Work | None:
+    def _work(self, session: Session, *, failed: bool, may_touch: Callable[[], bool]) -> Work | None:
         """Return the work that is owed now; None if there is none."""
-        draft = self._draft(failed=failed, may_touch=may_touch)
+        draft = self._draft(session, failed=failed, may_touch=may_touch)
         # A logout that could not find its session must not look like one that did.
         refused = self._failure is not None and draft.marks.ended and not failed
         if draft.action is Action.NOTHING and not refused:
             return None
         self._check_writable()
-        return self._carry_out(draft, failed=failed, may_touch=may_touch)
+        return self._carry_out(draft, session, failed=failed, may_touch=may_touch)
 
     def _check_writable(self) -> None:
         if self._failure is not None:
@@ -408,9 +412,9 @@ class Visit:
         while self._commit is not None and not self._commit.over:
             await asyncio.wait({self._commit.ended()})
 
-    def _whole(self, work: Work) -> Commit:
+    def _whole(self, work: Work, session: Session) -> Commit:
         """Return what is to be awaited for *work*, which goes on to its end even if the caller is cancelled."""
-        self._commit = self._manager.commit(work, self.session, failed=self._refused)
+        self._commit = self._manager.commit(work, session, failed=self._refused)
         return self._commit
 
     def _nothing_owed(self, session: Session) -> bool:
@@ -418,21 +422,17 @@ class Visit:
 
         So it is if no handler has set a key, or had hold of a value that can change.
         """
-        record, stored = self.record, self._as_stored
         if session.written or session.lent or self._stale_key or session.marks is not UNMARKED:
             return False
+        record, stored, manager = self.record, self._as_stored, self._manager
         if record is None or stored is None:
             return record is None and not dict.__len__(session)
-        return (
-            # Past the methods of Session, in case somebody else went past them too.
-            dict.__eq__(session, stored)
-            and (
-                self._names_its_user
-                if not callable(self._manager.user_key)
-                else self._user_in(stored) == record.user_id
-            )
-            and not (session.accessed and self._manager.timeouts.touch_due(record, self._manager.clock()))
-        )
+        # Past the methods of Session, in case somebody else went past them too.
+        if not self._names_its_user or not dict.__eq__(session, stored):
+            return False
+        if manager.finds_user is not None and self._user_in(stored) != record.user_id:
+            return False
+        return not (session.accessed and manager.timeouts.touch_due(record, manager.clock()))
 
     def _put(self, data: Mapping[str, Any]) -> None:
         """Make *data* the session's, whatever is stored."""
@@ -449,7 +449,7 @@ class Visit:
             data
         )
 
-    def _fill(self, record: Record) -> None:
+    def _fill(self, record: Record, session: Session) -> None:
         """Take *record* for what is stored, and its data for the session's."""
         data = decode(record.data)
         key = self._manager.user_key
@@ -458,20 +458,19 @@ class Visit:
                 self._names_its_user = principal(data.get(key)) == record.user_id
             except InvalidData:
                 raise CorruptData("stored data holds what cannot be a user id") from None
-        session = self.session
         self.record, self._as_stored = record, data
         dict.clear(session)
         dict.update(session, data)
         session.written = False
 
-    async def _look(self, credential: Credential) -> EventKind | None:
+    async def _look(self, credential: Credential, session: Session) -> EventKind | None:
         """Take the row as it is stored now for the session; return why it is not this visitor's, if it is not."""
         now = self._manager.clock()
         try:
             record = await self._manager.backend.load(credential.id, now)
             refusal = self._refusal(credential, record, now)
             if refusal is None and record is not None:
-                self._fill(record)
+                self._fill(record, session)
         except _CORRUPT:
             return "corrupt"
         return refusal
@@ -483,13 +482,12 @@ class Visit:
             return "superseded"
         return "expired" if self._manager.timeouts.expired(record, now) else None
 
-    def _draft(self, *, failed: bool, may_touch: Callable[[], bool]) -> "_Draft":
+    def _draft(self, session: Session, *, failed: bool, may_touch: Callable[[], bool]) -> "_Draft":
         """Return what would be written now, and the action owed."""
-        session, record, now = self.session, self.record, self._manager.clock()
-        marks = session.marks
+        record, now, marks = self.record, self._manager.clock(), session.marks
         quiet = failed or not (session.accessed or self._stale_key)
         data = dict(dict.items(session))  # a look that is no access; `dict.copy` would be one
-        user = None if quiet else self.user_of(data)
+        user = None if quiet else self._user_of(data, marks)
         empty = user is None and not data
         known = before = None
         if record is not None:
@@ -535,21 +533,22 @@ class Visit:
         if isinstance(error, (BackendError, SessionConflict, SessionGone)):
             self.refusal = error
 
-    async def _carry_out(self, draft: "_Draft", *, failed: bool, may_touch: Callable[[], bool]) -> None:
+    async def _carry_out(
+        self, draft: "_Draft", session: Session, *, failed: bool, may_touch: Callable[[], bool]
+    ) -> None:
         """Perform *draft*; whenever another writer was faster, load and merge and decide again."""
         if not await self._performing(draft):
-            draft = await self._perform_in_turn(failed=failed, may_touch=may_touch)
+            draft = await self._perform_in_turn(session, failed=failed, may_touch=may_touch)
         # The handler may have gone on meanwhile, and asked for more, such as an end: that is still owed.
-        session = self.session
         if draft.marks is not UNMARKED and session.marks == draft.marks:
             session.marks = UNMARKED
 
-    async def _perform_in_turn(self, *, failed: bool, may_touch: Callable[[], bool]) -> "_Draft":
+    async def _perform_in_turn(self, session: Session, *, failed: bool, may_touch: Callable[[], bool]) -> "_Draft":
         record_id = self.record.id if self.record else None
         async with self._manager.turns.of(record_id):
             for attempt in range(1, _TRIES):
                 await self._rebase()
-                draft = self._draft(failed=failed, may_touch=may_touch)
+                draft = self._draft(session, failed=failed, may_touch=may_touch)
                 if await self._performing(draft):
                     return draft
                 await _back_off(attempt)
@@ -575,7 +574,7 @@ class Visit:
             case Action.DELETE_THEN_INSERT:
                 return self._begin_anew(draft)
             case Action.DELETE_UNCHANGED:
-                return self._delete(self._expected(draft.now))
+                return self._delete(unchanged_at=draft.now)
             case Action.SWITCH_USER:
                 return self._switch_user(draft)
         assert_never(draft.action)
@@ -589,7 +588,7 @@ class Visit:
 
     async def _switch_user(self, draft: "_Draft") -> bool:
         ours = self._set_here()
-        if not await self._delete(self._expected(draft.now)):
+        if not await self._delete(unchanged_at=draft.now):
             return False
         self._put(ours)
         return await self._insert(draft._replace(data=ours, text=encode(ours, self._manager.limits)))
@@ -598,7 +597,7 @@ class Visit:
         """Create the row under an id and a secret of our own making; a taken id is not overwritten but left for
         another (R5).
         """
-        marks, manager = self.session.marks, self._manager
+        marks, manager = draft.marks, self._manager
         credential = Credential(new_id(draft.now), new_secret())
         record = Record(
             id=credential.id,
@@ -636,7 +635,7 @@ class Visit:
         renewed = draft.action is Action.RENEW
         fresh = Credential(before.id, new_secret()) if renewed else credential
         record = self._next(before, draft, fresh.secret_hash if renewed else before.secret_hash)
-        if not await self._manager.backend.replace(record, self._expected(draft.now)):
+        if not await self._manager.backend.replace(record, _expecting(before, draft.now)):
             return False
         self._adopt(record, fresh, told=renewed or self._to_be_told(before, record))
         self._settle(draft.data)
@@ -667,7 +666,7 @@ class Visit:
 
         ``expires_at`` is indexed: it moves only when a touch is due, so that on PostgreSQL most updates stay heap-only.
         """
-        marks, timeouts = self.session.marks, self._manager.timeouts
+        marks, timeouts = draft.marks, self._manager.timeouts
         renewed = draft.action is Action.RENEW
         authenticated_at = before.authenticated_at
         if draft.user is None:
@@ -714,9 +713,12 @@ class Visit:
             self._adopt(record, credential, told=self._to_be_told(before, record))
         return True
 
-    async def _delete(self, expected: Expected | None = None) -> bool:
-        """Delete the row, or only if it still is as *expected*; then there is no session any more."""
+    async def _delete(self, unchanged_at: datetime | None = None) -> bool:
+        """Delete the row, or at an instant given, only if it still is as it was read; then there is no session any
+        more.
+        """
         before, _ = self._standing()
+        expected = None if unchanged_at is None else _expecting(before, unchanged_at)
         deleted = await self._manager.backend.delete(before.id, expected)
         if expected is not None and not deleted:
             return False
@@ -760,7 +762,7 @@ class Visit:
         nobody can read it.
         """
         _, credential = self._standing()
-        refusal = await self._look(credential)
+        refusal = await self._look(credential, self.session)
         if refusal is None:
             return
         self._emit(refusal if refusal in ("superseded", "corrupt") else "gone")
@@ -776,7 +778,8 @@ class Visit:
         result = _apply(change, {})
         text = encode(result, self._manager.limits)
         if result:
-            draft = _Draft(Action.INSERT, text, self._user_in(result), self._manager.clock(), decode(text), UNMARKED)
+            now, marks = self._manager.clock(), self.session.marks
+            draft = _Draft(Action.INSERT, text, self._user_in(result), now, decode(text), marks)
             await self._insert(draft)
         self._put(merge({}, result, pending))
         return result
@@ -803,11 +806,9 @@ class Visit:
             raise InvalidData("atomic() cannot change whose session it is: use login()")
         text = encode(result, self._manager.limits)
         if text != before.data:
-            marks, self.session.marks = self.session.marks, UNMARKED
             draft = _Draft(Action.UPDATE, text, before.user_id, now, result, UNMARKED)
             record = self._next(before, draft, before.secret_hash)
-            self.session.marks = marks
-            if not await self._manager.backend.replace(record, self._expected(now)):
+            if not await self._manager.backend.replace(record, _expecting(before, now)):
                 return None
             self._adopt(record, credential, told=self._to_be_told(before, record))
         self._put(merge(baseline, decode(text), pending))
@@ -823,10 +824,6 @@ class Visit:
         assert self.record is not None  # noqa: S101 - `decide` asks for these only where a row was loaded
         assert self._credential is not None  # noqa: S101
         return self.record, self._credential
-
-    def _expected(self, now: datetime) -> Expected:
-        record, _ = self._standing()
-        return Expected(record.version, record.secret_hash, now, record)
 
     def _conflict(self) -> SessionConflict:
         self._emit("conflict")
@@ -909,6 +906,10 @@ def _apply(change: Change, data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(changed, Mapping):
         raise InvalidData(f"atomic() needs a function that returns a mapping or None, not {type(changed).__name__}")
     return dict(changed)
+
+
+def _expecting(record: Record, now: datetime) -> Expected:
+    return Expected(record.version, record.secret_hash, now, record)
 
 
 async def _back_off(attempt: int) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from http import HTTPStatus
@@ -128,9 +129,8 @@ class SessionMiddleware:
             clock=clock,
         )
         self._autoload = autoload_cookie
-        self._skip = _Paths(skip)
-        self._on_gone = on_gone
-        self._on_error = on_error
+        self._skip = _Paths(skip) or None
+        self._rules = _Rules(on_gone, on_error, self._set_cookie)
         self._record_client = record_client
         self._purger = _Purger(self._manager, purge_interval)
         self._warned_of_http = False
@@ -153,7 +153,7 @@ class SessionMiddleware:
         # Not of the scope, which will hold the visit: see `Visit.attach`.
         client = partial(_client, scope.get("client"), scope["headers"]) if self._record_client else _unknown
         visit, session = self._manager.open(values, client=client)
-        if self._autoload and not (self._skip and self._skip.match(scope)):
+        if self._autoload and (self._skip is None or not self._skip.match(scope)):
             await visit.load()
         if "session" in scope:
             # An application around this one has a session of its own, under another cookie, and goes on to see that.
@@ -161,9 +161,7 @@ class SessionMiddleware:
             scope = dict(scope)
         scope["session"] = session
         scope[_VISITS] = {**scope.get(_VISITS, {}), self._cookie.name: visit}
-        exchange = _Exchange(
-            visit, scope, receive, send, on_gone=self._on_gone, on_error=self._on_error, headers=self._headers
-        )
+        exchange = _Exchange(self._rules, visit, scope, receive, send)
         try:
             await self.app(scope, receive, exchange.send)
         except WebSocketDisconnect:  # how Starlette tells a handler that the client has closed: no failure
@@ -174,7 +172,7 @@ class SessionMiddleware:
         else:
             await exchange.finish()
 
-    def _headers(self, scope: Scope, change: CookieChange) -> bytes:
+    def _set_cookie(self, scope: Scope, change: CookieChange) -> bytes:
         """Return the Set-Cookie header for *change*."""
         root_path = scope.get("root_path", "")
         if change.value is None:
@@ -229,34 +227,38 @@ class _AbandonedError(Exception):
     """Thrown into the application when its response is replaced by ours."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What the settings say about responses."""
+
+    on_gone: Literal["drop", "raise"]
+    on_error: ErrorHandler | None
+    #: Returns the Set-Cookie header.
+    set_cookie: Callable[[Scope, CookieChange], bytes]
+
+
 class _Exchange:
     """One request's way out: commits before the headers leave, and answers in the application's place when that
     fails.
     """
 
     __slots__ = (
-        "_begun", "_closed", "_failed", "_failure", "_headers", "_on_error", "_on_gone", "_receive", "_scope", "_send",
-        "_visit",
+        "_begun", "_closed", "_failed", "_failure", "_receive", "_rules", "_scope", "_send", "_visit",
     )  # fmt: skip
 
     def __init__(
         self,
+        rules: _Rules,
         visit: Visit,
         scope: Scope,
         receive: Receive,
         send: Send,
-        *,
-        on_gone: Literal["drop", "raise"],
-        on_error: ErrorHandler | None,
-        headers: Callable[[Scope, CookieChange], bytes],
     ) -> None:
+        self._rules = rules
         self._visit = visit
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._on_gone = on_gone
-        self._on_error = on_error
-        self._headers = headers
         self._begun = False
         self._closed = False
         #: Nothing but an end is kept for a response that is a 5xx, or that never begins.
@@ -280,7 +282,7 @@ class _Exchange:
             try:
                 await commit
             except SessionGone:
-                if self._on_gone == "raise":
+                if self._rules.on_gone == "raise":
                     raise
 
     async def fail(self, error: BaseException) -> None:
@@ -313,7 +315,7 @@ class _Exchange:
             if commit is not None:
                 await commit
         except Exception as error:  # noqa: BLE001 - answered or raised once the application has stopped
-            if self._on_gone == "raise" or not isinstance(error, SessionGone):
+            if self._rules.on_gone == "raise" or not isinstance(error, SessionGone):
                 self._failure = error
         if status == _SERVER_ERROR and self._failure is None:
             # A mounted application has an error page of its own, which knows nothing of outages.
@@ -330,7 +332,7 @@ class _Exchange:
         change = self._visit.cookie
         if change is None:
             return _varied(headers) if self._visit.session.accessed else headers
-        cookie = self._headers(self._scope, change)
+        cookie = self._rules.set_cookie(self._scope, change)
         name = cookie[: cookie.index(b"=") + 1]
         # One Set-Cookie of a name per response (RFC 6265bis §4.1.1).
         kept = [(key, value) for key, value in headers if key.lower() != b"set-cookie" or not value.startswith(name)]
@@ -346,8 +348,8 @@ class _Exchange:
             if kind not in (self._scope.get("extensions") or {}):
                 await self._send(_closing(failure))
                 return
-        elif self._on_error is not None:
-            response = self._on_error(Request(self._scope, self._receive), failure)
+        elif self._rules.on_error is not None:
+            response = self._rules.on_error(Request(self._scope, self._receive), failure)
             if inspect.isawaitable(response):
                 response = await response
             await response(self._scope, self._receive, self._send)

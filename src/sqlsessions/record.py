@@ -38,10 +38,12 @@ def principal(user_id: object) -> str | None:
     """
     if user_id is None:
         return None
-    if type(user_id) is int and user_id.bit_length() < _MANY_BITS:
-        if user_id.bit_length() < _FEW_BITS:
+    if type(user_id) is int:
+        bits = user_id.bit_length()
+        if bits < _FEW_BITS:
             return str(user_id)
-        user_id = str(user_id)
+        if bits < _MANY_BITS:
+            user_id = str(user_id)
     if not isinstance(user_id, str) or not 1 <= len(user_id) <= MAX_USER_ID or not _storable(user_id):
         raise InvalidData(
             f"a user id must be an int, or a str of 1 to {MAX_USER_ID} characters that text columns take; "

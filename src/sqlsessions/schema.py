@@ -83,7 +83,13 @@ class _Joined(sa.TypeDecorator[list[UUID]]):
 
     def process_bind_param(self, value: list[UUID] | None, dialect: Dialect) -> str | None:  # noqa: ARG002
         """Join the ids by commas."""
-        return None if value is None else ",".join(map(str, value))
+        # By its number: the usual spelling of a UUID takes five times as long.
+        return None if value is None else ",".join(map(_written, value))
+
+
+def _written(id: object) -> str:  # noqa: A002
+    # By its number: the usual spelling of a UUID takes five times as long.
+    return f"{id.int:032x}" if type(id) is UUID else str(id)
 
 
 def checked_name(name: str, what: str) -> str:

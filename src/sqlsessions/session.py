@@ -178,8 +178,9 @@ class Session(dict[str, Any]):
 
         Raises `SessionNotLoaded`, or the `BackendError` with which loading failed.
         """
-        self._ops.check_usable()
-        self.accessed = True
+        if not self.accessed:
+            self._ops.check_usable()
+            self.accessed = True
 
     def mark_modified(self) -> None:
         """Do what Starlette's does, which is nothing more here: changes are found by comparing."""

@@ -30,6 +30,9 @@ from sqlsessions.errors import CorruptData
 from sqlsessions.record import Record
 from sqlsessions.schema import Spelled, Statements, Write
 
+#: `Record._make`, but for its look at the length, which is the statement's.
+_record: Callable[[Any], Record] = partial(tuple.__new__, Record)
+
 T = TypeVar("T")
 Parameters = Mapping[str, Any]
 #: Returns a statement as the driver takes it, given parameters such as it will have.
@@ -267,11 +270,11 @@ class Aiosqlite(_PastSQLAlchemy):
 
 def _given(spelled: Spelled, row: Any) -> Record:
     """Return asyncpg's *row* as a record: all as it is, but for "infinity", which it gives as a naive datetime."""
-    authenticated = row[8]
-    if row[5].tzinfo is row[6].tzinfo is row[7].tzinfo is UTC and (
+    created, seen, expires, authenticated = row[5:9]
+    if created.tzinfo is seen.tzinfo is expires.tzinfo is UTC and (
         authenticated is None or authenticated.tzinfo is UTC
     ):
-        return Record._make(row)
+        return _record(row)
     return Record(*spelled.row(row))
 
 

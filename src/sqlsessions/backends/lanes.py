@@ -196,22 +196,23 @@ class Lane(Generic[W, R]):
         load: list[_Waiter[W, R]] = []
         left: list[_Waiter[W, R]] = []
         room = MAX_SIZE
-        while self._waiting and len(load) < self._max_load:
-            waiter = self._waiting.popleft()
+        waiting, aloft, shared = self._waiting, self._aloft, self._shared
+        while waiting and len(load) < self._max_load:
+            waiter = waiting.popleft()
             if waiter.over:  # its deadline passed before it was sent
                 continue
-            if not self._may_go(waiter):
+            if not shared and waiter.key in aloft:
                 left.append(waiter)
                 continue
             room -= waiter.work.size
             if load and room < 0:
                 left.append(waiter)
                 break
-            if not self._shared:
-                self._aloft.add(waiter.key)
+            if not shared:
+                aloft.add(waiter.key)
             waiter.sent = True
             load.append(waiter)
-        self._waiting.extendleft(reversed(left))
+        waiting.extendleft(reversed(left))
         return load
 
     async def _together(self, lease: Lease, load: list[_Waiter[W, R]]) -> None:

@@ -228,7 +228,9 @@ class SQLAlchemyBackend(Revocation):
         done: Done | None = None,
     ) -> Coroutine[Any, Any, bool]:
         # No coroutine around the lane's own: each that waits is left and entered again.
-        room, change = self._at_hand(), _Change(id, parameters, write, done)
+        data = parameters.get("data")
+        change = _Change(id, parameters, write, done, len(data) if isinstance(data, str) else 0)
+        room = self._at_hand()
         return self._change(change) if room is None else room.write(change)
 
     async def _change(self, change: "_Change") -> bool:
@@ -328,12 +330,8 @@ class _Change:
     #: Tells by the row, as `Statements.reread` has it, whether this write was done; None for one that may as well be
     #: done twice.
     done: Done | None
-
-    @property
-    def size(self) -> int:
-        """The length of the data, if it has any."""
-        data = self.parameters.get("data")
-        return len(data) if isinstance(data, str) else 0
+    #: The length of the data, if it has any.
+    size: int
 
 
 class _Reader:
