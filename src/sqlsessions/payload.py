@@ -91,17 +91,21 @@ def _patched(known: str, stored: Mapping[str, Any], items: list[tuple[str, Any]]
     None unless it is few constants, at one end.
     """
     before = list(stored.items())
-    same = _same(before, items)
-    same_at_end = _same(before[same:][::-1], items[same:][::-1])
-    old_end, new_end = len(before) - same_at_end, len(items) - same_at_end
-    if same_at_end and old_end <= _FEW and _once(known, before[same:old_end]):
-        old, new = _members(before[:old_end]), _members(items[:new_end])
-        if old and new and known.startswith(old := f"{{{old[1:]},"):
-            return f"{{{new[1:]},{known[len(old) :]}"
-    if same and len(before) - same <= _FEW:
-        old, new = _members(before[same:]), _members(items[same:])
-        if old is not None and new is not None and known.endswith(old := f"{old}}}"):
-            return f"{known[: -len(old)]}{new}}}"
+    first = _same(before, items)
+    last = _same(before[first:][::-1], items[first:][::-1])
+    old, new = before[first : len(before) - last], items[first : len(items) - last]
+    if last and first + len(old) <= _FEW and _once(known, old):
+        beginning, was, becomes = _members(before[:first]), _members(old), _members(new)
+        if beginning is not None and was is not None and becomes is not None and beginning + becomes:
+            was = f"{{{(beginning + was)[1:]},"
+            if known.startswith(was):
+                return f"{{{(beginning + becomes)[1:]},{known[len(was) :]}"
+    if first and len(old) + last <= _FEW:
+        was, becomes, end = _members(old), _members(new), _members(before[len(before) - last :])
+        if was is not None and becomes is not None and end is not None:
+            was = f"{was}{end}}}"
+            if known.endswith(was):
+                return f"{known[: -len(was)]}{becomes}{end}}}"
     return None
 
 
@@ -109,7 +113,7 @@ def _once(known: str, items: list[tuple[str, Any]]) -> bool:
     """Tell whether each key stands in *known* once, and not again, spelled otherwise, further on: the last counts."""
     if "\\" in known and ("\\u" in known or "\\/" in known):
         return False
-    return all(known.count(_encode(key)) == 1 for key, _ in items)
+    return max([known.count(_encode(key)) for key, _ in items], default=1) == 1
 
 
 def _same(some: list[tuple[str, Any]], others: list[tuple[str, Any]]) -> int:

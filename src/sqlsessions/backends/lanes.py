@@ -88,6 +88,17 @@ class _Waiter(Generic[W, R]):
         #: The outcome is known, whether or not anybody waits for it.
         self.over = False
 
+    def settle(self, outcome: R | BaseException) -> None:
+        """Note the outcome, and give it to who waits for it."""
+        self.over, self.outcome = True, outcome
+        future = self.future
+        if future is None or future.done():  # not waited for, or no more
+            return
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
 
 class _Flight(Generic[W, R]):
     """The way of one load, from the wait for a connection to the last outcome."""
@@ -217,11 +228,14 @@ class Lane(Generic[W, R]):
 
     async def _together(self, lease: Lease, load: list[_Waiter[W, R]]) -> None:
         outcomes = await self._sender.together(lease, [waiter.work for waiter in load])
+        settled = 0
         for waiter, outcome in zip(load, outcomes, strict=True):
             if isinstance(outcome, Apart):
                 self._part(waiter, lost=outcome.lost)
-            else:
-                self._settle(waiter, outcome)
+            elif not waiter.over:
+                waiter.settle(outcome)
+                settled += 1
+        self._supervisor.settled(settled)
 
     async def _alone(self, waiter: _Waiter[W, R], lease: Lease, *, waits: bool, lost: bool = False) -> None:
         try:
@@ -275,16 +289,9 @@ class Lane(Generic[W, R]):
         self._depart()
 
     def _settle(self, waiter: _Waiter[W, R], outcome: R | BaseException) -> None:
-        if waiter.over:
-            return
-        waiter.over, waiter.outcome = True, outcome
-        self._supervisor.settled()
-        if waiter.future is None or waiter.future.done():  # not waited for, or no more
-            return
-        if isinstance(outcome, BaseException):
-            waiter.future.set_exception(outcome)
-        else:
-            waiter.future.set_result(outcome)
+        if not waiter.over:
+            waiter.settle(outcome)
+            self._supervisor.settled()
 
     def _expire(self) -> None:
         """Answer those whose deadline has passed; what of their work is under way goes on."""

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequ
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -112,7 +112,7 @@ class SQLAlchemyBackend(Revocation):
 
         Raises `CorruptData` for a row that this library cannot have written.
         """
-        room, read = self._at_hand(), _Read(id, {"the_id": id, "now": now})
+        room, read = self._at_hand(), _Read(id, now)
         return self._load(read) if room is None else room.read(read)
 
     async def _load(self, read: "_Read") -> Record | None:
@@ -318,8 +318,13 @@ class _Room:
 @dataclass(slots=True)
 class _Read:
     id: UUID
-    parameters: dict[str, Any]
-    size: int = 36
+    now: datetime
+    size: ClassVar = 36
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What `Statements.load` is to be sent with; made only then, so as not to be kept while the read waits."""
+        return {"the_id": self.id, "now": self.now}
 
 
 @dataclass(slots=True)
@@ -358,7 +363,7 @@ class _Reader:
         except (Fault, StatementError, OverflowError):
             return [Apart()] * len(load)
         return [
-            None if isinstance(each, Record) and each.expires_at <= work.parameters["now"] else each
+            None if isinstance(each, Record) and each.expires_at <= work.now else each
             for each, work in zip(found, load, strict=True)
         ]
 
