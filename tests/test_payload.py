@@ -466,6 +466,14 @@ def test_what_is_not_lent_is_not_encoded() -> None:
             encode(changed, LIMITS, known=known, stored=stored)
 
 
+def test_few_changes_of_a_text_with_spaces() -> None:
+    """What others have spelled at greater length than we would is stored as long as our spelling has room."""
+    known = '{"n":1,"cart":[%s]}' % (" " * 50)
+    stored = decode(known)
+    for limit, text in [(100, known.replace("1", "2")), (50, '{"n":2,"cart":[]}')]:
+        assert encode(stored | {"n": 2}, Limits(max_bytes=limit), known=known, stored=stored, lent=False) == text
+
+
 def test_a_key_that_stands_there_twice() -> None:
     """Where others have written a key twice, of which the last counts, it is changed there as well."""
     for known in (

@@ -497,19 +497,17 @@ class Visit:
             text = encode(data, self._manager.limits, known=known, stored=self._as_stored, lent=session.lent)
         changed = known is not None and not quiet and text != known
         facts = Facts(
-            record is not None,
-            self._gone,
-            marks.ended,
-            failed,
-            empty,
-            changed,
-            # The user is another than the stored one.
-            not quiet and before is not None and user is not None and user != before,
-            # A new secret is owed.
-            not quiet and (user != before or marks.renew or marks.login is not None),
-            marks.timeouts or marks.persistent is not None,
+            stored=record is not None,
+            gone=self._gone,
+            ended=marks.ended,
+            failed=failed,
+            empty=empty,
+            changed=changed,
+            switched=not quiet and before is not None and user is not None and user != before,
+            renewed=not quiet and (user != before or marks.renew or marks.login is not None),
+            settings=marks.timeouts or marks.persistent is not None,
             # Any change is a sign of use as well.
-            not changed and self._touch_due(session, now) and may_touch(),
+            touch_due=not changed and self._touch_due(session, now) and may_touch(),
         )
         action = Action.NOTHING if quiet and not failed else decide(facts)
         return _Draft(action, text, user, now, data, marks)
@@ -714,8 +712,8 @@ class Visit:
         return True
 
     async def _delete(self, unchanged_at: datetime | None = None) -> bool:
-        """Delete the row, or at an instant given, only if it still is as it was read; then there is no session any
-        more.
+        """Delete the row; given *unchanged_at*, only if it still is as it was read and had not expired then. There is
+        no session any more.
         """
         before, _ = self._standing()
         expected = None if unchanged_at is None else _expecting(before, unchanged_at)

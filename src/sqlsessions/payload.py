@@ -72,7 +72,8 @@ def encode(
         text = None
         if known is not None:
             text = None if lent or stored is None else _patched(known, stored, items)
-            text = text or _unchecked(data)
+            if text is None or len(text) > limits.max_bytes:  # which others may have filled with spaces
+                text = _unchecked(data)
         if text is not None and text == known:
             return known
         if stored is not None and (lent or text is None):
