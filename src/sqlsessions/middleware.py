@@ -25,6 +25,7 @@ from sqlsessions.backends.base import Backend
 from sqlsessions.backends.memory import InMemoryBackend
 from sqlsessions.cookies import CookieSettings, SameSite
 from sqlsessions.credentials import CookieSigner
+from sqlsessions.errands import Commit
 from sqlsessions.errors import BackendError, ConfigurationError, SessionConflict, SessionGone
 from sqlsessions.events import Event, EventHook
 from sqlsessions.manager import CookieChange, OnUnavailable, SessionManager, UserKey, Visit
@@ -142,13 +143,12 @@ class SessionMiddleware:
         """Serve one request, WebSocket or lifespan."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, self._lifespan(send))
-        elif scope["type"] not in ("http", "websocket") or self._cookie.name in scope.get(_VISITS, {}):
+            return
+        if scope["type"] not in ("http", "websocket") or self._cookie.name in scope.get(_VISITS, ()):
             await self.app(scope, receive, send)
-        else:
-            self._purger.start()
-            await self._serve(scope, receive, send)
-
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+            return
+        # The rest stands here and not in a coroutine of its own: each that waits is left and entered again.
+        self._purger.start()
         values = cookies.read(scope["headers"], self._cookie_name)
         # Not of the scope, which will hold the visit: see `Visit.attach`.
         client = partial(_client, scope.get("client"), scope["headers"]) if self._record_client else _unknown
@@ -165,12 +165,14 @@ class SessionMiddleware:
         try:
             await self.app(scope, receive, exchange.send)
         except WebSocketDisconnect:  # how Starlette tells a handler that the client has closed: no failure
-            await exchange.finish()
+            if (ending := exchange.ending()) is not None:
+                await ending
             raise
         except BaseException as error:  # noqa: BLE001 - raised again by fail(), unless it is ours
             await exchange.fail(error)
         else:
-            await exchange.finish()
+            if (ending := exchange.ending()) is not None:
+                await ending
 
     def _set_cookie(self, scope: Scope, change: CookieChange) -> bytes:
         """Return the Set-Cookie header for *change*."""
@@ -270,20 +272,25 @@ class _Exchange:
         if self._failure is not None:
             raise _AbandonedError
         if not self._begun and message["type"] in _BEGINNINGS:
-            message = await self._begin(message)
+            headers = list(message.get("headers", ()))
+            try:
+                if (commit := self._owed(message, headers)) is not None:
+                    await commit
+            except Exception as error:  # noqa: BLE001 - answered or raised once the application has stopped
+                if self._rules.on_gone == "raise" or not isinstance(error, SessionGone):
+                    self._failure = error
+            message = self._begin(message, headers)
         self._closed = message["type"] == "websocket.close"
         await self._send(message)
 
-    async def finish(self) -> None:
-        """Commit what was changed after the headers; answer, if the application's response was abandoned."""
+    def ending(self) -> Awaitable[None] | None:
+        """Return what commits what was changed after the headers, or answers if the application's response was
+        abandoned; None if nothing is left to be done.
+        """
         if self._failure is not None:
-            await self._answer(self._failure)
-        elif (commit := self._visit.owed(failed=self._failed)) is not None:
-            try:
-                await commit
-            except SessionGone:
-                if self._rules.on_gone == "raise":
-                    raise
+            return self._answer(self._failure)
+        commit = self._visit.owed(failed=self._failed)
+        return None if commit is None else self._kept(commit)
 
     async def fail(self, error: BaseException) -> None:
         """End the session if that was asked for, then answer errors of ours and raise all others."""
@@ -304,20 +311,17 @@ class _Exchange:
         else:
             raise error
 
-    async def _begin(self, message: Message) -> Message:
-        status = message.get("status", 403 if message["type"] == "websocket.close" else 200)
-        self._failed = status >= _SERVER_ERROR
-        headers = list(message.get("headers", ()))
+    def _owed(self, message: Message, headers: list[tuple[bytes, bytes]]) -> Commit | None:
+        """Return what has to be committed before *message* leaves."""
+        refused = message["type"] == "websocket.close"
+        self._failed = message.get("status", 403 if refused else 200) >= _SERVER_ERROR
         # A refused handshake has no headers of ours.
-        self._visit.headers_sent = message["type"] == "websocket.close"
-        try:
-            commit = self._visit.owed(failed=self._failed, may_touch=lambda: not _shared(headers))
-            if commit is not None:
-                await commit
-        except Exception as error:  # noqa: BLE001 - answered or raised once the application has stopped
-            if self._rules.on_gone == "raise" or not isinstance(error, SessionGone):
-                self._failure = error
-        if status == _SERVER_ERROR and self._failure is None:
+        self._visit.headers_sent = refused
+        return self._visit.owed(failed=self._failed, may_touch=lambda: not _shared(headers))
+
+    def _begin(self, message: Message, headers: list[tuple[bytes, bytes]]) -> Message:
+        """Return *message* as it leaves, unless the application's response is abandoned."""
+        if self._failed and self._failure is None and message.get("status") == _SERVER_ERROR:
             # A mounted application has an error page of its own, which knows nothing of outages.
             self._failure = self._visit.refusal
         if self._failure is not None:
@@ -326,6 +330,13 @@ class _Exchange:
         if message["type"] == "websocket.close":
             return message
         return {**message, "headers": self._dressed(headers)}
+
+    async def _kept(self, commit: Commit) -> None:
+        try:
+            await commit
+        except SessionGone:
+            if self._rules.on_gone == "raise":
+                raise
 
     def _dressed(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return *headers* with what the session adds: nothing, if it was not used."""
