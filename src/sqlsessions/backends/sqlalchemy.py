@@ -6,7 +6,6 @@ import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from operator import attrgetter
 from typing import Any, ClassVar, TypeVar
 from uuid import UUID
 
@@ -56,8 +55,8 @@ Done = Callable[[Any], bool | None]
 #: What drivers and SQLAlchemy raise.
 _SAID = (Fault, SQLAlchemyError, OverflowError, OSError, TimeoutError)
 
-#: What most changes to a session leave as it is.
-_BESIDES = attrgetter(*(name for name in Record._fields if name not in ("data", "version")))
+#: The fields before and behind the two, data and version, that are all which most changes to a session change.
+_BEFORE, _BEHIND = slice(Record._fields.index("data")), slice(Record._fields.index("version") + 1, None)
 
 #: An instant at which every record has expired.
 _FOREVER = datetime.max.replace(tzinfo=UTC)
@@ -125,7 +124,8 @@ class SQLAlchemyBackend(Revocation):
     def replace(self, record: Record, expected: Expected) -> Coroutine[Any, Any, bool]:
         """Store *record* if the row still matches *expected*: one UPDATE, of the data alone if nothing else is new."""
         values = _unchanged(record.id, expected)
-        if expected.record is not None and _BESIDES(record) == _BESIDES(expected.record):
+        old = expected.record
+        if old is not None and record[_BEFORE] == old[_BEFORE] and record[_BEHIND] == old[_BEHIND]:
             write = self._statements.replace_data
             values["data"], values["version"] = record.data, record.version
         else:
