@@ -170,7 +170,8 @@ async def test_black_hole(postgres_sessions_url: str, name: str) -> None:
         proxy.mode = "pass"
         await backend.aclose()
         assert proxy.statements == sent
-        assert await backend.load(record.id, START) == record
+        async with closing(SQLAlchemyBackend(url)) as patient:
+            assert await patient.load(record.id, START) == record
 
 
 async def test_locked_table(postgres_sessions_url: str) -> None:
