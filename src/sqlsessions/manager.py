@@ -159,8 +159,6 @@ class SessionManager:
         self.timeouts = timeouts
         self.limits = limits
         self.user_key = user_key
-        #: The key as a function, if it is one.
-        self.finds_user = user_key if callable(user_key) else None
         self.persistent = persistent
         self.on_unavailable = on_unavailable
         self.emit = emitter(on_event)
@@ -430,7 +428,7 @@ class Visit:
         # Past the methods of Session, in case somebody else went past them too.
         if not self._names_its_user or not dict.__eq__(session, stored):
             return False
-        if manager.finds_user is not None and self._user_in(stored) != record.user_id:
+        if callable(manager.user_key) and self._user_in(stored) != record.user_id:
             return False
         return not (session.accessed and manager.timeouts.touch_due(record, manager.clock()))
 

@@ -277,7 +277,7 @@ class _Exchange:
                 if (commit := self._owed(message, headers)) is not None:
                     await commit
             except Exception as error:  # noqa: BLE001 - answered or raised once the application has stopped
-                if self._rules.on_gone == "raise" or not isinstance(error, SessionGone):
+                if not self._forgiven(error):
                     self._failure = error
             message = self._begin(message, headers)
         self._closed = message["type"] == "websocket.close"
@@ -334,9 +334,13 @@ class _Exchange:
     async def _kept(self, commit: Commit) -> None:
         try:
             await commit
-        except SessionGone:
-            if self._rules.on_gone == "raise":
+        except SessionGone as error:
+            if not self._forgiven(error):
                 raise
+
+    def _forgiven(self, error: Exception) -> bool:
+        """Tell whether *error* says no more than that a change was dropped, as the settings want it."""
+        return isinstance(error, SessionGone) and self._rules.on_gone == "drop"
 
     def _dressed(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return *headers* with what the session adds: nothing, if it was not used."""

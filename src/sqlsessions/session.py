@@ -254,13 +254,8 @@ class Session(dict[str, Any]):
         return await self._ops.atomic(change)
 
     def __getitem__(self, key: str) -> Any:
-        # The three that most requests call take no steps that can be spared; `super()` would be one.
-        if not self.accessed:
-            self.mark_accessed()
-        value = dict.__getitem__(self, key)
-        if type(value) not in CONSTANT:
-            self.lent = True
-        return value
+        self.mark_accessed()
+        return self._lend(super().__getitem__(key))
 
     def __contains__(self, key: object) -> bool:
         self.mark_accessed()
@@ -298,12 +293,8 @@ class Session(dict[str, Any]):
 
     def get(self, key: str, default: Any = None, /) -> Any:
         """Return the value of *key*, else *default*."""
-        if not self.accessed:
-            self.mark_accessed()
-        value = dict.get(self, key, default)
-        if type(value) not in CONSTANT:
-            self.lent = True
-        return value
+        self.mark_accessed()
+        return self._lend(super().get(key, default))
 
     def keys(self) -> KeysView[str]:  # type: ignore[override]
         """Return a view of the keys."""
@@ -337,9 +328,7 @@ class Session(dict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._before_write(key)
-        if type(value) not in CONSTANT:
-            self.lent = True
-        dict.__setitem__(self, key, value)
+        super().__setitem__(key, self._lend(value))
 
     def __delitem__(self, key: str) -> None:
         self._before_write(key)
@@ -364,10 +353,7 @@ class Session(dict[str, Any]):
         """Return the value of *key*, which is set to *default* if absent."""
         if key not in self:
             self._before_write(key)
-        value = super().setdefault(key, default)
-        if type(value) not in CONSTANT:
-            self.lent = True
-        return value
+        return self._lend(super().setdefault(key, default))
 
     def update(self, *others: Any, **items: Any) -> None:
         """Set several keys; all or, when it is too late for a cookie that they would need, none."""
@@ -377,14 +363,18 @@ class Session(dict[str, Any]):
         self.lent = True
         super().update(changes)
 
+    def _lend(self, value: Any) -> Any:
+        if type(value) not in CONSTANT:
+            self.lent = True
+        return value
+
     def _seen(self) -> Record | None:
         self.mark_accessed()
         return self._ops.record
 
     def _before_write(self, *keys: str) -> None:
         """Refuse at once what would need a cookie that can no longer be sent."""
-        if not self.accessed:
-            self.mark_accessed()
+        self.mark_accessed()
         self.written = True
         if not self._ops.headers_sent:
             return

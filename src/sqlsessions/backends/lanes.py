@@ -88,17 +88,6 @@ class _Waiter(Generic[W, R]):
         #: The outcome is known, whether or not anybody waits for it.
         self.over = False
 
-    def settle(self, outcome: R | BaseException) -> None:
-        """Note the outcome, and give it to who waits for it."""
-        self.over, self.outcome = True, outcome
-        future = self.future
-        if future is None or future.done():  # not waited for, or no more
-            return
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-
 
 class _Flight(Generic[W, R]):
     """The way of one load, from the wait for a connection to the last outcome."""
@@ -207,35 +196,31 @@ class Lane(Generic[W, R]):
         load: list[_Waiter[W, R]] = []
         left: list[_Waiter[W, R]] = []
         room = MAX_SIZE
-        waiting, aloft, shared = self._waiting, self._aloft, self._shared
-        while waiting and len(load) < self._max_load:
-            waiter = waiting.popleft()
+        while self._waiting and len(load) < self._max_load:
+            waiter = self._waiting.popleft()
             if waiter.over:  # its deadline passed before it was sent
                 continue
-            if not shared and waiter.key in aloft:
+            if not self._may_go(waiter):
                 left.append(waiter)
                 continue
             room -= waiter.work.size
             if load and room < 0:
                 left.append(waiter)
                 break
-            if not shared:
-                aloft.add(waiter.key)
+            if not self._shared:
+                self._aloft.add(waiter.key)
             waiter.sent = True
             load.append(waiter)
-        waiting.extendleft(reversed(left))
+        self._waiting.extendleft(reversed(left))
         return load
 
     async def _together(self, lease: Lease, load: list[_Waiter[W, R]]) -> None:
         outcomes = await self._sender.together(lease, [waiter.work for waiter in load])
-        settled = 0
         for waiter, outcome in zip(load, outcomes, strict=True):
             if isinstance(outcome, Apart):
                 self._part(waiter, lost=outcome.lost)
-            elif not waiter.over:
-                waiter.settle(outcome)
-                settled += 1
-        self._supervisor.settled(settled)
+            else:
+                self._settle(waiter, outcome)
 
     async def _alone(self, waiter: _Waiter[W, R], lease: Lease, *, waits: bool, lost: bool = False) -> None:
         try:
@@ -289,9 +274,16 @@ class Lane(Generic[W, R]):
         self._depart()
 
     def _settle(self, waiter: _Waiter[W, R], outcome: R | BaseException) -> None:
-        if not waiter.over:
-            waiter.settle(outcome)
-            self._supervisor.settled()
+        if waiter.over:
+            return
+        waiter.over, waiter.outcome = True, outcome
+        self._supervisor.settled()
+        if waiter.future is None or waiter.future.done():  # not waited for, or no more
+            return
+        if isinstance(outcome, BaseException):
+            waiter.future.set_exception(outcome)
+        else:
+            waiter.future.set_result(outcome)
 
     def _expire(self) -> None:
         """Answer those whose deadline has passed; what of their work is under way goes on."""

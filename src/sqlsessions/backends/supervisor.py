@@ -80,26 +80,27 @@ class CircuitBreaker:
         self._threshold = threshold
         self._pause = pause
         self._clock = clock
-        #: In a row.
-        self.timeouts = 0
+        self._timeouts = 0
         self._next_try = 0.0
 
     def check(self) -> None:
         """Raise `BackendUnavailable` while the circuit is open; the one call let through per pause is the probe."""
-        if self.timeouts < self._threshold:
+        if self._timeouts < self._threshold:
             return
         now = self._clock()
         if now < self._next_try:
-            raise BackendUnavailable(f"the database did not answer {self.timeouts} times in a row; not asked again yet")
+            raise BackendUnavailable(
+                f"the database did not answer {self._timeouts} times in a row; not asked again yet"
+            )
         self._next_try = now + self._pause
 
     def answered(self) -> None:
         """Close the circuit: the database said something, be it an error."""
-        self.timeouts = 0
+        self._timeouts = 0
 
     def timed_out(self) -> None:
         """Count a timeout; the last of *threshold* opens the circuit."""
-        self.timeouts += 1
+        self._timeouts += 1
         self._next_try = self._clock() + self._pause
 
 
@@ -124,15 +125,14 @@ class Supervisor:
 
     def accept(self) -> None:
         """Take on an operation that will be `settled`; raise `BackendUnavailable` when there is no use in trying."""
-        if self._breaker.timeouts:
-            self._breaker.check()
+        self._breaker.check()
         if len(self._abandoned) >= self.slots:
             raise BackendUnavailable("every connection waits for a database that does not answer")
         self._owed += 1
 
-    def settled(self, count: int = 1) -> None:
-        """Note that operations have their outcome, whether or not anybody waits for it."""
-        self._owed -= count
+    def settled(self) -> None:
+        """Note that an operation has its outcome, whether or not anybody waits for it."""
+        self._owed -= 1
         if not self._owed and self._all_settled is not None:
             self._all_settled.set_result(None)
             self._all_settled = None
