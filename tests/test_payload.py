@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sqlsessions.errors import ConfigurationError, CorruptData, InvalidData
@@ -432,18 +432,30 @@ keys = st.sampled_from(["n", "m", "", "é", '"n', 'n":0,', ',"n":0}', "\\", "car
 constants = st.sampled_from([0, 1, -7, 10**30, 0.5, -0.0, 1e300, True, False, None, "", "é", '"n":0', ',"n":0}', "\\"])
 
 
+#: In place of a value: the key is deleted.
+GONE = object()
+
+
 @pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS)
+@settings(max_examples=300)
+@example({"x": 1, "n": 1}, [(0, GONE), ("m", 2)])
 @given(
-    stored=st.dictionaries(keys, constants | st.just([{"n": 0}]) | st.just({"n": 0})),
-    news=st.dictionaries(keys, constants | st.just(["n"]), max_size=3),
-    gone=st.sets(keys, max_size=2),
+    stored=st.dictionaries(keys, constants | st.just([{"n": 0}]) | st.just({"n": 0}), max_size=4),
+    changes=st.lists(st.tuples(st.integers(0, 3) | keys, st.just(GONE) | constants | st.just(["n"])), max_size=3),
 )
 def test_few_changes(
-    spell: Callable[[object], str], stored: dict[str, Any], news: dict[str, Any], gone: set[str]
+    spell: Callable[[object], str], stored: dict[str, Any], changes: list[tuple[int | str, object]]
 ) -> None:
     """Whatever few keys are set or deleted, and however the rest is spelled, the text says what there is."""
     known = spell(stored)
-    changed = {key: value for key, value in stored.items() if key not in gone} | news
+    changed = dict(stored)
+    for key, value in changes:
+        # A number is that of a key which is there, counted from the last.
+        name = key if isinstance(key, str) else next(iter(list(changed)[-1 - key :]), "n")
+        if value is GONE:
+            changed.pop(name, None)
+        else:
+            changed[name] = value
     text = encode(changed, ROOMY, known=known, stored=stored, lent=False)
     assert same(decode(text), changed)
     if known == encode(stored, ROOMY):
@@ -456,9 +468,19 @@ def test_what_is_not_lent_is_not_encoded() -> None:
     cases: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         ('{"n":1,"cart":[0]}', {"n": 1, "cart": cart}, {"n": 2, "cart": cart}, '{"n":2,"cart":[0]}'),
         ('{"cart":[0],"n":1}', {"cart": cart, "n": 1}, {"cart": cart, "n": 2}, '{"cart":[0],"n":2}'),
-        ('{"cart":[0],"n":1}', {"cart": cart, "n": 1}, {"cart": cart}, '{"cart":[0]}'),
         ('{"cart":[0]}', {"cart": cart}, {"cart": cart, "n": 2}, '{"cart":[0],"n":2}'),
-        ('{"m":0,"n":1,"cart":[0]}', {"m": 0, "n": 1, "cart": cart}, {"m": 0, "cart": cart}, '{"m":0,"cart":[0]}'),
+        (
+            '{"m":0,"n":1,"cart":[0]}',
+            {"m": 0, "n": 1, "cart": cart},
+            {"m": 0, "n": 2, "cart": cart},
+            '{"m":0,"n":2,"cart":[0]}',
+        ),
+        (
+            '{"cart":[0],"n":1,"m":0}',
+            {"cart": cart, "n": 1, "m": 0},
+            {"cart": cart, "n": 2, "m": 0},
+            '{"cart":[0],"n":2,"m":0}',
+        ),
     ]
     for known, stored, changed, text in cases:
         assert encode(changed, LIMITS, known=known, stored=stored, lent=False) == text
@@ -472,6 +494,16 @@ def test_few_changes_of_a_text_with_spaces() -> None:
     stored = decode(known)
     for limit, text in [(100, known.replace("1", "2")), (50, '{"n":2,"cart":[]}')]:
         assert encode(stored | {"n": 2}, Limits(max_bytes=limit), known=known, stored=stored, lent=False) == text
+
+
+def test_a_key_in_the_place_of_another() -> None:
+    """A key that was set where another was deleted is written by its own name."""
+    for known in ('{"x":1,"a":1}', '{"a":1,"x":1}', '{"a":1}', '{"x":[],"a":1}'):
+        stored = decode(known)
+        for value in (1, 2):
+            changed = {("b" if key == "a" else key): (value if key == "a" else old) for key, old in stored.items()}
+            text = encode(changed, LIMITS, known=known, stored=stored, lent=False)
+            assert decode(text) == changed
 
 
 def test_a_key_that_stands_there_twice() -> None:

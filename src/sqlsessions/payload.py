@@ -6,7 +6,9 @@ What goes in comes out, on every database, or is refused with the path of the of
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from math import isfinite
+from operator import and_, is_
 from typing import Any, NoReturn
 
 from sqlsessions.errors import ConfigurationError, CorruptData, InvalidData
@@ -19,14 +21,22 @@ _MANY_BITS = 10_000
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
 
-#: How JSON spells what has no parts; `_encode` has a short way for text only.
+
+def _decimal(number: float) -> str:
+    if not isfinite(number):
+        raise ValueError(number)
+    return repr(number)
+
+
+#: How JSON spells what has no parts, by the exact type; and a key, which is a str and nothing else.
 _SPELLED: Mapping[type, Callable[[Any], str]] = {
-    str: _encode,
-    int: repr,
-    float: repr,
+    str: encode_basestring,
+    int: int.__repr__,
+    float: _decimal,
     bool: {False: "false", True: "true"}.__getitem__,
     type(None): {None: "null"}.__getitem__,
 }
+_SPELLED_KEY: Mapping[type, Callable[[Any], str]] = {str: encode_basestring}
 #: More members than this take longer one by one than all together.
 _FEW = 8
 
@@ -49,7 +59,7 @@ def encode(
     limits: Limits,
     *,
     known: str | None = None,
-    stored: Mapping[str, Any] | None = None,
+    stored: dict[str, Any] | None = None,
     lent: bool = True,
 ) -> str:
     """Return *data* as compact JSON text that decodes to exactly the same values.
@@ -62,6 +72,10 @@ def encode(
     can be helped, encoded again, which for a cart of twenty things is most of the cost of a session, unless somebody
     was *lent* it and the text differs.
     """
+    if known is not None and stored is not None and not lent and type(data) is dict:
+        text = _patched(known, stored, data, limits)
+        if text is not None:
+            return text
     items = list(data.items())
     fresh = items if stored is None else [item for item in items if item[1] is not stored.get(item[0], stored)]
     inspector = _Inspector(limits.max_bytes)
@@ -69,11 +83,7 @@ def encode(
         _check_keys(data, limits)
         # Before there is any text: 20 MB of somebody's would become 40.
         inspector.mapping(fresh, (), 1)
-        text = None
-        if known is not None:
-            text = None if lent or stored is None else _patched(known, stored, items)
-            if text is None or len(text) > limits.max_bytes:  # which others may have filled with spaces
-                text = _unchecked(data)
+        text = None if known is None else _unchecked(data)
         if text is not None and text == known:
             return known
         if stored is not None and (lent or text is None):
@@ -87,55 +97,62 @@ def encode(
         raise
 
 
-def _patched(known: str, stored: Mapping[str, Any], items: list[tuple[str, Any]]) -> str | None:
-    """Return *items* as JSON text, by putting into *known*, which *stored* was decoded from, what differs from that;
-    None unless it is few constants, at one end.
+def _patched(known: str, stored: dict[str, Any], data: dict[str, Any], limits: Limits) -> str | None:
+    """Return *data* as JSON text, by putting into *known*, which *stored* was decoded from, the one value that was set;
+    None unless it is one, a constant with nothing but constants on one side of it, and within *limits*.
     """
-    before = list(stored.items())
-    first = _same(before, items)
-    last = _same(before[first:][::-1], items[first:][::-1])
-    old, new = before[first : len(before) - last], items[first : len(items) - last]
-    if last and first + len(old) <= _FEW and _once(known, old):
-        beginning, was, becomes = _members(before[:first]), _members(old), _members(new)
-        if beginning is not None and was is not None and becomes is not None and beginning + becomes:
-            was = f"{{{(beginning + was)[1:]},"
-            if known.startswith(was):
-                return f"{{{(beginning + becomes)[1:]},{known[len(was) :]}"
-    if first and len(old) + last <= _FEW:
-        was, becomes, end = _members(old), _members(new), _members(before[len(before) - last :])
-        if was is not None and becomes is not None and end is not None:
-            was = f"{was}{end}}}"
-            if known.endswith(was):
-                return f"{known[: -len(was)]}{becomes}{end}}}"
+    alike = list(map(and_, map(is_, stored, data), map(is_, stored.values(), data.values())))
+    others, added = alike.count(False), len(data) - len(stored)
+    if not (others or added):
+        return known
+    if not stored or (others, added) not in ((1, 0), (0, 1)):
+        return None
+    place = alike.index(False) if others else len(alike)
+    key, value = list(data.items())[place]
+    if type(value) is str and len(value) > limits.max_bytes:
+        return None
+    try:
+        text = _with_member(known, key, value) if added else _with_value(known, list(stored.items()), place, key, value)
+        # As long as that is allowed; others may have filled *known* with spaces.
+        return text if text is None or (_size(text) <= limits.max_bytes and len(data) <= limits.max_keys) else None
+    except (KeyError, ValueError):  # what is no constant, or nothing that JSON has
+        return None
+
+
+def _with_member(known: str, key: str, value: object) -> str | None:
+    """Return *known*, which has members, with one more."""
+    member = _members([(key, value)])
+    return f"{known[:-1]},{member[:-1]}}}" if known.endswith("}") and member is not None else None
+
+
+def _with_value(known: str, items: list[tuple[str, Any]], place: int, key: str, value: object) -> str | None:
+    """Return *known*, which *items* were decoded from, with another value for the *key* in that place."""
+    # If another key was there, it is not found in its place.
+    name, old = encode_basestring(key), items[place][1]
+    was, becomes = f"{_SPELLED[type(old)](old)},", f"{_SPELLED[type(value)](value)},"
+    if place < _FEW and place + 1 < len(items) and _once(known, name):
+        before = f"{{{_members(items[:place])}{name}:"
+        if known.startswith(was, len(before)) and known.startswith(before):
+            return f"{before}{becomes}{known[len(before) + len(was) :]}"
+    if place and len(items) - place <= _FEW:
+        behind = _members(items[place + 1 :])
+        end = f",{name}:{was}{behind}"[:-1] + "}"
+        if known.endswith(end):
+            return f"{known[: -len(end)]},{name}:{becomes}{behind}"[:-1] + "}"
     return None
 
 
-def _once(known: str, items: list[tuple[str, Any]]) -> bool:
-    """Tell whether each key stands in *known* once, and not again, spelled otherwise, further on: the last counts."""
-    if "\\" in known and ("\\u" in known or "\\/" in known):
-        return False
-    return max([known.count(_encode(key)) for key, _ in items], default=1) == 1
-
-
-def _same(some: list[tuple[str, Any]], others: list[tuple[str, Any]]) -> int:
-    """Return how many items at the beginning are the same objects in both."""
-    count = 0
-    for one, other in zip(some, others, strict=False):
-        if one[1] is not other[1] or one[0] != other[0]:
-            break
-        count += 1
-    return count
+def _once(known: str, name: str) -> bool:
+    """Tell whether a key stands in *known* once, and not again, spelled otherwise, further on: the last counts."""
+    return known.count(name) == 1 and not ("\\" in known and ("\\u" in known or "\\/" in known))
 
 
 def _members(items: list[tuple[str, Any]]) -> str | None:
-    """Return the members of a JSON object, a comma before each; None unless all values are constants."""
-    found = ""
-    for key, value in items:
-        spell = _SPELLED.get(type(value))
-        if spell is None:
-            return None
-        found += f",{_encode(key)}:{spell(value)}"
-    return found
+    """Return the members of a JSON object, a comma behind each; None, which no text has, unless all are constants."""
+    try:
+        return "".join([f"{_SPELLED_KEY[type(key)](key)}:{_SPELLED[type(value)](value)}," for key, value in items])
+    except KeyError:
+        return None
 
 
 def _check_keys(data: Mapping[str, Any], limits: Limits) -> None:
@@ -143,8 +160,12 @@ def _check_keys(data: Mapping[str, Any], limits: Limits) -> None:
         raise InvalidData(f"session has {len(data)} keys; the limit is {limits.max_keys}")
 
 
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def _measured(text: str, limits: Limits) -> str:
-    size = len(text) if text.isascii() else len(text.encode())
+    size = _size(text)
     if size > limits.max_bytes:
         raise _too_large(limits.max_bytes, size)
     return text
