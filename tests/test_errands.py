@@ -223,6 +223,24 @@ async def test_cancelling(*, left: bool) -> None:
     assert (log, errand.over) == ([asyncio.CancelledError, 2, "end"], True)
 
 
+async def test_beginning() -> None:
+    """Begun, the work is done at once until it waits, and then by a task of its own; nobody hears of its error."""
+    log, (one,) = Log(), futures(1)
+    errand = Errand(log.wait(one))
+    errand.begin()
+    one.set_exception(KeyError(7))
+    await turns()
+    assert (log, errand.over) == ([KeyError], True)
+
+    async def fail() -> None:
+        log.append("failed")
+        raise KeyError(7)
+
+    at_once = Errand(fail())
+    at_once.begin()
+    assert (log.pop(), at_once.over) == ("failed", True)
+
+
 async def test_a_caller_that_is_closed() -> None:
     """The work of a coroutine that nobody drives any more, as after the end of its event loop, is closed with it."""
     log, (one,) = Log(), futures(1)

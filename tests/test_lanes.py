@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from anyio.lowlevel import checkpoint
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sqlsessions.backends.lanes import MAX_LOAD, MAX_SIZE, Apart, Held, Lane
+from sqlsessions.backends.lanes import ENOUGH, MAX_LOAD, MAX_SIZE, Apart, Held, Lane
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
 from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import BackendError, BackendTimeout, BackendUnavailable, CorruptData, DuplicateId
@@ -138,28 +138,154 @@ async def test_what_waits_goes_together() -> None:
     assert sender.loads == [[1], [2, 3, 4, 5, 6, 7, 8]]
 
 
+async def crowded(sender: Sender, lane: Lane[Job, Any]) -> None:
+    """Have the lane carry a load of several, after which it expects more of them."""
+    sender.held = True
+    tasks = await put_behind(lane, Job(1), Job(2), Job(3))
+    sender.open()
+    await asyncio.gather(*tasks)
+    assert sender.loads == [[1], [2, 3]]
+    sender.loads.clear()
+    sender.gates.clear()
+
+
 async def test_a_crowd_goes_together() -> None:
-    """What comes at the same moment goes together, in the task of the first, and nobody goes ahead."""
+    """Where many come at a time, what comes at the same moment goes together, in the task of the first, and nobody goes
+    ahead.
+    """
     sender = Sender()
     lane = Lane[Job, Any](supervisor(), sender)
-    assert await lane.put(Job(0, "alone")) == "alone"
+    await crowded(sender, lane)
     with counted_tasks() as made:
         assert await asyncio.gather(*put(lane, *(Job(number, number) for number in range(10)))) == list(range(10))
-    assert (sender.loads, len(made)) == ([[0], [*range(10)]], 10)
+    assert (sender.loads, len(made)) == ([[*range(10)]], 10)
 
 
-async def test_the_first_of_a_crowd_may_go() -> None:
-    """Who came first takes the load of all; when it is cancelled, the others are served none the worse."""
+async def test_a_crowd_is_quiet_again() -> None:
+    """After one alone that met nobody, the next is sent in the turn in which it comes."""
+    sender = Sender()
+    lane = Lane[Job, Any](supervisor(), sender)
+    await crowded(sender, lane)
+    await lane.put(Job(4))
+    sender.held = True
+    putting = lane.put(Job(5))
+    putting.send(None)
+    assert sender.loads == [[4], [5]]
+    putting.close()
+
+
+async def test_a_crowd_is_cut_in_two() -> None:
+    """As soon as there are enough they go, in the task of the last of them, and the rest follows: while the database
+    serves one half, the application serves the other.
+    """
+    sender = Sender()
+    lane = Lane[Job, Any](supervisor(), sender)
+    await crowded(sender, lane)
+    sender.held = True
+    tasks = put(lane, *(Job(number, number) for number in range(ENOUGH + 3)))
+    await loaded(sender, 1)
+    await settle()
+    assert sender.loads == [[*range(ENOUGH)]]
+    sender.open()
+    assert await asyncio.gather(*tasks) == list(range(ENOUGH + 3))
+    assert sender.loads == [[*range(ENOUGH)], [*range(ENOUGH, ENOUGH + 3)]]
+
+
+async def test_the_first_of_a_crowd_is_closed() -> None:
+    """Who would have taken the load of all ends with its event loop, and the lane goes on in another."""
+    sender = Sender()
+    lane = Lane[Job, Any](supervisor(), sender)
+    await crowded(sender, lane)
+    putting = lane.put(Job(4))
+    putting.send(None)
+    putting.close()
+    assert await lane.put(Job(5, 5)) == 5
+    assert sender.loads == [[4, 5]]
+
+
+@pytest.mark.parametrize("landing", [False, True])
+async def test_no_end_of_those_who_may_not_go(*, landing: bool) -> None:
+    """What may go does not wait for ever while more and more come that may not, since their session is on its way."""
+    sender = Sender()
+    lane = Lane[Job, Any](supervisor(), sender)
+    await crowded(sender, lane)
+    sender.held = True
+    tasks: list[asyncio.Task[Any]] = []
+    if landing:
+        tasks += put(lane, Job(3), Job(4), Job(5))
+        await loaded(sender, 1)
+    lane._aloft.add(1)
+    tasks += put(lane, Job(2))
+    if landing:
+        await settle()
+        sender.gates[0].set()
+    for _ in range(4 * ENOUGH):
+        if [2] in sender.loads:
+            break
+        tasks += put(lane, Job(1))
+        await checkpoint()
+    assert sender.loads[-1] == [2]
+    lane._aloft.discard(1)
+    sender.open()
+    await asyncio.gather(*tasks)
+
+
+async def test_the_next_load_goes_first() -> None:
+    """When a load lands, the next is sent before those are woken up whom it was for."""
     sender = Sender(held=True)
     lane = Lane[Job, Any](supervisor(), sender)
-    tasks = put(lane, *(Job(number, number) for number in range(4)))
+    seen: list[int] = []
+
+    async def ask(job: Job) -> None:
+        await lane.put(job)
+        seen.append(len(sender.loads))
+
+    first = asyncio.create_task(ask(Job(0)))
+    await loaded(sender, 1)
+    others = [asyncio.create_task(ask(Job(number))) for number in (1, 2)]
     await settle()
+    sender.gates[0].set()
+    await first
+    assert seen == [2]
+    sender.open()
+    await asyncio.gather(*others)
+
+
+async def test_a_load_that_lands_waits_for_more() -> None:
+    """Where fewer wait than were served, a load is sent when the event loop brings no more; none is left behind."""
+    sender = Sender(held=True)
+    lane = Lane[Job, Any](supervisor(), sender)
+    tasks = await put_behind(lane, *map(Job, range(5)))
+    sender.gates[0].set()
+    await loaded(sender, 2)
+    tasks += put(lane, Job(5))
+    await settle()
+    sender.gates[1].set()
+    tasks += put(lane, Job(6), Job(7))
+    await loaded(sender, 3)
+    assert sender.loads == [[0], [1, 2, 3, 4], [5, 6, 7]]
+    sender.open()
+    await asyncio.gather(*tasks)
+
+
+@pytest.mark.parametrize("when", [0, 1, 20])
+async def test_the_first_of_a_crowd_may_go(when: int) -> None:
+    """Who came first takes the load of all; when it is cancelled, before or after it was sent, the others are served
+    none the worse.
+    """
+    sender = Sender()
+    lane = Lane[Job, Any](supervisor(), sender)
+    await crowded(sender, lane)
+    sender.held = True
+    tasks = put(lane, *(Job(number, number) for number in range(4)))
+    for _ in range(when):
+        await checkpoint()
     tasks[0].cancel()
     await settle()
     sender.open()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(outcomes[0]), *outcomes[1:]] == [asyncio.CancelledError, 1, 2, 3]
-    assert sender.loads == [[0, 1, 2, 3]]
+    assert sender.loads == ([[0, 1, 2, 3]] if when else [[1, 2, 3]])
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -466,7 +592,7 @@ async def test_one_commit_for_all(postgres_sessions_url: str) -> None:
         rows = await sql(
             postgres_sessions_url, "SELECT xmin::text AS writer, count(*) AS n FROM web_sessions GROUP BY 1"
         )
-        assert sorted(row.n for row in rows) == [60]
+        assert sorted(row.n for row in rows) == [ENOUGH, 60 - ENOUGH]
 
 
 async def test_one_at_a_time_there_are_no_tasks(sessions_url: str) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 from anyio.lowlevel import checkpoint
@@ -316,3 +317,27 @@ async def test_breaker_hears_no_answer_in_the_end_of_the_abandoned() -> None:
         await stubborn.ended.wait()
     with pytest.raises(BackendUnavailable, match="in a row"):
         await runs.run(answer)
+
+
+@pytest.mark.parametrize("given", [False, True])
+async def test_who_leaves_the_queue(*, given: bool) -> None:
+    """Places go to those who wait in the order they came; one who leaves, with the place just given, passes it on."""
+    runs = supervisor(slots=1)
+    gate, begun = asyncio.Event(), list[int]()
+
+    async def operation(number: int, lease: Lease) -> None:
+        begun.append(number)
+        await gate.wait()
+
+    for number in range(4):
+        runs.begin(partial(operation, number), overdue=lambda _: None)
+    (second,) = (lease for lease in runs._running if lease.begun == sorted(each.begun for each in runs._running)[1])
+    gate.set()
+    while given and len(runs._queue) == 3:
+        await checkpoint()
+    assert begun == [0]
+    second.task.cancel()
+    for _ in range(10):
+        await checkpoint()
+    assert begun == [0, 2, 3]
+    assert await runs.run(answer) == 42

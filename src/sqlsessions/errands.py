@@ -14,6 +14,15 @@ from typing import Any
 Work = Coroutine[Any, Any, None]
 
 
+@types.coroutine
+def _turn(waited: Any) -> Generator[Any, None, None]:
+    """Wait as a task does by itself: if that is cancelled, so is what it waits for."""
+    if waited is not None:
+        waited._asyncio_future_blocking = True  # noqa: SLF001
+    with suppress(Exception):  # an error of what it waits for, where the work will find it
+        yield waited
+
+
 class Errand:
     """Does *work* when it is awaited, in the caller's task as long as that stays.
 
@@ -21,21 +30,23 @@ class Errand:
     work which does not ask what task it is in, as timeouts and task groups do.
     """
 
-    __slots__ = ("_begun", "_doomed", "_loop", "_task", "_wait", "_waited", "_work", "over")
+    # What an object begins with stands in the class, and costs none of them anything.
+
+    #: What does the rest; whether that has begun, and whether it is to cancel the work then: a task which is cancelled
+    #: before it begins never does.
+    _task: "asyncio.Task[None] | None" = None
+    _begun = False
+    _doomed = False
+    #: What the work waits for: a future, or None for a turn of the event loop.
+    _waited: Any = None
+    #: What the caller waits for in its place.
+    _wait: "_Wait | None" = None
+    #: Whether it has come to its end, whatever that is.
+    over = False
 
     def __init__(self, work: Work, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._work = work
         self._loop = loop or asyncio.get_running_loop()
-        #: What does the rest; whether that has begun, and whether it is to cancel the work then: a task which is
-        #: cancelled before it begins never does.
-        self._task: asyncio.Task[None] | None = None
-        self._begun = self._doomed = False
-        #: What the work waits for: a future, or None for a turn of the event loop.
-        self._waited: Any = None
-        #: What the caller waits for in its place.
-        self._wait: _Wait | None = None
-        #: Whether it has come to its end, whatever that is.
-        self.over = False
 
     def __await__(self) -> Generator[Any, None, None]:
         """Do the work, and raise what it raises; return early if the caller has been made to leave."""
@@ -57,6 +68,13 @@ class Errand:
             if self._task is not None:
                 return
             self._step()
+
+    def begin(self) -> None:
+        """Do the work from now on, until it waits, and have a task do the rest: for what nobody waits for here."""
+        # An error is told at the end, and nobody else's.
+        with suppress(Exception, asyncio.CancelledError):
+            self._step()
+        self.leave()
 
     def leave(self) -> None:
         """Have another task do what is left."""
@@ -104,18 +122,12 @@ class Errand:
         except Exception:  # noqa: BLE001 - `_end` has been told, and nobody else is there
             return
 
-    def _end(self, error: BaseException | None) -> None:  # noqa: ARG002 - for those who want to know
-        """Note that the work is over, by *error* or well."""
+    def _end(self, error: BaseException | None) -> None:
         self.over, self._waited, self._wait = True, None, None
+        self._tell(error)
 
-
-@types.coroutine
-def _turn(waited: Any) -> Generator[Any, None, None]:
-    """Wait as a task does by itself: if that is cancelled, so is what it waits for."""
-    if waited is not None:
-        waited._asyncio_future_blocking = True  # noqa: SLF001
-    with suppress(Exception):  # an error of what it waits for, where the work will find it
-        yield waited
+    def _tell(self, error: BaseException | None) -> None:
+        """Note that the work is over, by *error* or well: for those who want to know."""
 
 
 class _Wait:
@@ -181,22 +193,21 @@ class Commit(Errand):
     *apart*, it has a task of its own from the start, whatever its work asks of that.
     """
 
-    __slots__ = ("_apart", "_ended", "_failed", "_kept", "_running")
+    _ended: "asyncio.Future[None] | None" = None
 
     def __init__(
         self, work: Work, kept: object, running: "set[Commit]", failed: Callable[[Exception], None], *, apart: bool
     ) -> None:
-        super().__init__(work)
+        Errand.__init__(self, work)  # `super` makes an object, up to Python 3.11
         self._kept = kept
         self._running = running
         self._failed: Callable[[Exception], None] | None = failed
         self._apart = apart
-        self._ended: asyncio.Future[None] | None = None
         running.add(self)
 
     def __await__(self) -> Generator[Any, None, None]:
         """Do the work; raise what it raises."""
-        return self._in_a_task().__await__() if self._apart else super().__await__()
+        return self._in_a_task().__await__() if self._apart else Errand.__await__(self)
 
     def ended(self) -> "asyncio.Future[None]":
         """Return what is done when this is over; it is nobody's to cancel."""
@@ -225,8 +236,7 @@ class Commit(Errand):
             raise
         self._end(None)
 
-    def _end(self, error: BaseException | None) -> None:
-        super()._end(error)
+    def _tell(self, error: BaseException | None) -> None:
         self._running.discard(self)
         if self._failed is not None and isinstance(error, Exception):
             self._failed(error)

@@ -1,14 +1,18 @@
 """What waits at the same moment goes to the database together.
 
-A request puts its work on a lane and awaits the outcome. A lane with nothing in flight sends what comes in one turn of
-the event loop, most often one alone, in the task of the first; what arrives meanwhile is the next load, taken by a task
-of the lane's. There are no timers, so a quiet application waits for nothing, and under pressure the loads grow and
-share the cost of a round trip and of a commit.
+A request puts its work on a lane and awaits the outcome. A lane with nothing in flight sends at once, alone; what
+arrives meanwhile is the next load. There are no timers, so a quiet application waits for nothing, and under pressure
+the loads grow and share the cost of a round trip and of a commit.
+
+Where many come at a time, the first of them does not go ahead: all go that the next turns of the event loop bring. And
+a crowd that moves in step is cut in two: as soon as there is `ENOUGH` the load goes, and the rest is the next one. From
+then on one half is served by the application while the database serves the other, and neither waits for the other.
 """
 
 import asyncio
+import types
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 from uuid import UUID
@@ -22,6 +26,9 @@ PATIENCE = 0.1
 #: Work for so many sessions, or of so many characters, makes a full load.
 MAX_LOAD = 128
 MAX_SIZE = 512 * 1024
+#: What a statement costs by itself is a small part of the cost of so many requests; more would save little, and leave
+#: the database idle until the last of them has come.
+ENOUGH = 16
 #: Seconds until a row that somebody else had locked is tried again.
 PAUSE = 0.02
 
@@ -70,23 +77,21 @@ class Sender(Protocol[W_contra, R_co]):
 
 
 class _Waiter(Generic[W, R]):
-    __slots__ = ("due", "errand", "future", "key", "met_lock", "outcome", "over", "sent", "work")
+    """Work, and who waits for it."""
 
     outcome: R | BaseException
+    #: What the waiter waits for: a load of its own, which it takes itself, or a place in somebody's.
+    errand: Errand | None = None
+    future: "asyncio.Future[R] | None" = None
+    met_lock = False
+    #: The outcome is known, whether or not anybody waits for it.
+    over = False
 
-    def __init__(self, work: W, due: float) -> None:
+    def __init__(self, work: W, key: object, due: float) -> None:
         self.work = work
-        #: Which session: the number of its id, hashed at a third of the price of that. What has none is no UUID, and
-        #: the database will say so.
-        self.key: object = getattr(work.id, "int", work.id)
+        #: Which session, for a lane in which each may be on its way only once.
+        self.key = key
         self.due = due
-        #: What the waiter waits for: a load of its own, which it takes itself, or a place in somebody's.
-        self.errand: Errand | None = None
-        self.future: asyncio.Future[R] | None = None
-        self.sent = False
-        self.met_lock = False
-        #: The outcome is known, whether or not anybody waits for it.
-        self.over = False
 
 
 class _Flight(Generic[W, R]):
@@ -104,8 +109,9 @@ class _Flight(Generic[W, R]):
 class Lane(Generic[W, R]):
     """Takes work to its *sender*, no more than *flights* loads of *max_load* at a time, of those that are prompt.
 
-    The work belongs to the lane: cancelling who waits for it cancels nothing. No load has the same session twice,
-    unless the lane is *shared*, as that of readers is.
+    Where *enough* has come at the same moment, it goes without waiting for more. The work belongs to the lane:
+    cancelling who waits for it cancels nothing. No load has the same session twice, unless the lane is *shared*, as
+    that of readers is.
     """
 
     def __init__(
@@ -114,39 +120,46 @@ class Lane(Generic[W, R]):
         sender: Sender[W, R],
         *,
         max_load: int = MAX_LOAD,
+        enough: int = ENOUGH,
         flights: int = 1,
         shared: bool = False,
     ) -> None:
         self._supervisor = supervisor
         self._sender = sender
         self._max_load = max_load
+        self._enough = min(enough, max_load)
         self._flights = flights
         self._shared = shared
         self._waiting: deque[_Waiter[W, R]] = deque()
         #: All whose outcome is not known, in the order they came, which is that of their deadlines.
         self._open: deque[_Waiter[W, R]] = deque()
-        #: The sessions of all loads on their way, each in one.
+        #: The sessions of all loads on their way, each in one; of a shared lane none.
         self._aloft: set[object] = set()
+        #: Who will send all that comes in this turn of the event loop: one who waits, or a load that has landed.
+        self._gatherer: object = None
+        #: Whether the latest load was one alone, and nobody had come meanwhile: then the next is sent at once.
+        self._quiet = True
         #: How many loads are on their way that are not slow; how many are.
         self._prompt = 0
         self._slow = 0
         #: Whether the latest that landed had met a lock, or was slow. Then nothing more is sent that waits for one.
         self._wary = False
+        self._departing = False
 
     async def put(self, work: W) -> R:
         """Return the outcome of *work*; raise `BackendTimeout` when the deadline passes first."""
         supervisor = self._supervisor
         supervisor.accept()
-        waiter: _Waiter[W, R] = _Waiter(work, supervisor.loop.time() + supervisor.deadline)
+        # Of an id its number, hashed at a third of its price. What has none is no UUID, and the database will say so.
+        key = None if self._shared else getattr(work.id, "int", work.id)
+        waiter: _Waiter[W, R] = _Waiter(work, key, supervisor.loop.time() + supervisor.deadline)
         self._open.append(waiter)
         self._waiting.append(waiter)
-        if self._prompt < self._flights:
-            if len(self._waiting) == 1 and self._may_go(waiter):
-                waiter.errand = self._flight_of_its_own()
-                await waiter.errand
-                waiter.errand = None
-            else:
-                self._depart()
+        if self._prompt < self._flights and key not in self._aloft:
+            if self._quiet or len(self._waiting) >= self._enough:
+                await self._take_off(waiter)
+            elif self._gatherer is None:
+                await self._gather(waiter)
         if not waiter.over:
             waiter.future = supervisor.loop.create_future()
             return await waiter.future
@@ -154,52 +167,98 @@ class Lane(Generic[W, R]):
             raise waiter.outcome
         return waiter.outcome
 
-    def _flight_of_its_own(self) -> Errand:
-        """Return what takes the only one that waits, and all that come at the same moment, in that one's task until it
-        leaves.
+    async def _gather(self, waiter: _Waiter[W, R]) -> None:
+        """Send what waits once a turn of the event loop brings no more: else the first of a crowd would go ahead, and
+        all others wait for it.
         """
-        self._prompt += 1
-        flight: _Flight[W, R] = _Flight()
-        return self._supervisor.errand(
-            partial(self._fly_last, flight), overdue=partial(self._overdue, flight), ended=partial(self._landed, flight)
+        self._gatherer = waiter
+        seen = 0
+        while self._gatherer is waiter and seen < len(self._waiting) < self._enough:
+            seen = len(self._waiting)
+            try:
+                await _turn()
+            except BaseException as error:
+                if self._gatherer is waiter:
+                    self._gatherer = None
+                    if isinstance(error, asyncio.CancelledError):  # else there is no event loop any more
+                        self._depart()
+                raise
+        if self._gatherer is waiter:
+            self._gatherer = None
+            if self._prompt < self._flights:
+                await self._take_off(waiter)
+
+    def _muster(self, gatherer: object, seen: int) -> None:
+        """Do as `_gather` does, for those who wait for somebody else's load to land."""
+        if self._gatherer is not gatherer:
+            return
+        if seen < len(self._waiting) < self._enough:
+            self._supervisor.loop.call_soon(self._muster, gatherer, len(self._waiting))
+            return
+        self._gatherer = None
+        self._depart()
+
+    async def _take_off(self, waiter: _Waiter[W, R]) -> None:
+        """Send what waits, in the task of *waiter*: for one that meets nobody, a task costs more than all the rest."""
+        self._gatherer = None
+        flight = self._new_flight()
+        waiter.errand = self._supervisor.errand(
+            partial(self._fly, flight), overdue=partial(self._overdue, flight), ended=partial(self._landed, flight)
         )
+        await waiter.errand
+        waiter.errand = None
 
     def _depart(self) -> None:
         """Send what waits, unless as much as may be is on its way."""
-        if not self._waiting or self._prompt >= self._flights or not any(map(self._may_go, self._waiting)):
+        if self._departing:  # whoever is at it goes on
             return
-        self._prompt += 1
-        flight: _Flight[W, R] = _Flight()
-        self._supervisor.begin(
-            partial(self._fly, flight), overdue=partial(self._overdue, flight), ended=partial(self._landed, flight)
-        )
+        self._departing = True
+        try:
+            while self._waiting and self._prompt < self._flights and any(map(self._may_go, self._waiting)):
+                flight = self._new_flight()
+                self._supervisor.begin(
+                    partial(self._fly, flight),
+                    overdue=partial(self._overdue, flight),
+                    ended=partial(self._landed, flight),
+                )
+        finally:
+            self._departing = False
 
-    async def _fly_last(self, flight: _Flight[W, R], lease: Lease) -> None:
-        # After those whose turn it is now: else the first of them would go ahead, and all others wait for it.
-        await asyncio.sleep(0)
-        await self._fly(flight, lease)
+    def _new_flight(self) -> _Flight[W, R]:
+        self._prompt += 1
+        return _Flight()
 
     async def _fly(self, flight: _Flight[W, R], lease: Lease) -> None:
         flight.since = lease.begun = self._supervisor.loop.time()
-        flight.load = self._take()
-        lease.asks = bool(flight.load)
-        if len(flight.load) > 1:
-            await self._together(lease, flight.load)
-        elif flight.load:
-            await self._alone(flight.load[0], lease, waits=not (self._slow or self._wary))
+        load = flight.load = self._take()
+        if len(load) > 1:
+            self._hand_out(load, await self._sender.together(lease, [waiter.work for waiter in load]))
+        elif load:
+            await self._alone(load[0], lease, waits=not (self._slow or self._wary))
+        else:
+            lease.asks = False
 
     def _may_go(self, waiter: _Waiter[W, R]) -> bool:
-        return self._shared or waiter.key not in self._aloft
+        return waiter.key not in self._aloft
 
     def _take(self) -> list[_Waiter[W, R]]:
         """Return the next load: what waits, in its order, as far as it goes together."""
+        waiting = self._waiting
+        if len(waiting) <= self._max_load and sum([waiter.work.size for waiter in waiting]) <= MAX_SIZE:
+            keys = [] if self._shared else [waiter.key for waiter in waiting]
+            if self._aloft.isdisjoint(keys) and len(set(keys)) == len(keys):
+                load = list(waiting)
+                waiting.clear()
+                self._aloft.update(keys)
+                return load
+        return self._select()
+
+    def _select(self) -> list[_Waiter[W, R]]:
         load: list[_Waiter[W, R]] = []
         left: list[_Waiter[W, R]] = []
         room = MAX_SIZE
         while self._waiting and len(load) < self._max_load:
             waiter = self._waiting.popleft()
-            if waiter.over:  # its deadline passed before it was sent
-                continue
             if not self._may_go(waiter):
                 left.append(waiter)
                 continue
@@ -209,18 +268,9 @@ class Lane(Generic[W, R]):
                 break
             if not self._shared:
                 self._aloft.add(waiter.key)
-            waiter.sent = True
             load.append(waiter)
         self._waiting.extendleft(reversed(left))
         return load
-
-    async def _together(self, lease: Lease, load: list[_Waiter[W, R]]) -> None:
-        outcomes = await self._sender.together(lease, [waiter.work for waiter in load])
-        for waiter, outcome in zip(load, outcomes, strict=True):
-            if isinstance(outcome, Apart):
-                self._part(waiter, lost=outcome.lost)
-            else:
-                self._settle(waiter, outcome)
 
     async def _alone(self, waiter: _Waiter[W, R], lease: Lease, *, waits: bool, lost: bool = False) -> None:
         try:
@@ -232,6 +282,23 @@ class Lane(Generic[W, R]):
             self._settle(waiter, error)
         else:
             self._settle(waiter, outcome)
+
+    def _hand_out(self, load: list[_Waiter[W, R]], outcomes: Sequence[R | Exception]) -> None:
+        settled = 0
+        for waiter, outcome in zip(load, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                if isinstance(outcome, Apart):
+                    self._part(waiter, lost=outcome.lost)
+                else:
+                    self._settle(waiter, outcome)
+            elif not waiter.over:
+                settled += 1
+                waiter.over, waiter.outcome = True, outcome
+                future = waiter.future
+                if future is not None and not future.done():  # it is waited for, and still is
+                    future.set_result(outcome)
+        self._supervisor.settled(settled)
+        self._forget()
 
     def _part(self, waiter: _Waiter[W, R], *, lost: bool) -> None:
         """Have work done by itself that its load could not do."""
@@ -262,28 +329,37 @@ class Lane(Generic[W, R]):
         if error is not None:
             for waiter in flight.load:
                 self._settle(waiter, error)
-        while self._open and self._open[0].over:
-            self._open.popleft()
-        if not self._shared:
+        self._quiet = not self._waiting and len(flight.load) == 1
+        if self._aloft:
             self._aloft.difference_update([waiter.key for waiter in flight.load])
         if flight.slow:
             self._slow -= 1
         else:
             self._prompt -= 1
             self._wary = self._wary and any(waiter.met_lock for waiter in flight.load)
-        self._depart()
+        if len(self._waiting) >= min(self._enough, len(flight.load)):
+            self._depart()
+        elif self._waiting and self._gatherer is None:
+            # Fewer than were served: the application is busy with those, and more will come before it waits.
+            self._gatherer = flight
+            self._muster(flight, 0)
 
     def _settle(self, waiter: _Waiter[W, R], outcome: R | BaseException) -> None:
         if waiter.over:
             return
         waiter.over, waiter.outcome = True, outcome
+        future = waiter.future
+        if future is not None and not future.done():
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
         self._supervisor.settled()
-        if waiter.future is None or waiter.future.done():  # not waited for, or no more
-            return
-        if isinstance(outcome, BaseException):
-            waiter.future.set_exception(outcome)
-        else:
-            waiter.future.set_result(outcome)
+        self._forget()
+
+    def _forget(self) -> None:
+        while self._open and self._open[0].over:
+            self._open.popleft()
 
     def _expire(self) -> None:
         """Answer those whose deadline has passed; what of their work is under way goes on."""
@@ -292,7 +368,16 @@ class Lane(Generic[W, R]):
             waiter = self._open.popleft()
             if not waiter.over:
                 # What waits for one row, which may be locked, says nothing about the database.
-                for_one_row = waiter.met_lock or not (waiter.sent or self._may_go(waiter))
+                waits = waiter in self._waiting
+                if waits:
+                    self._waiting.remove(waiter)
+                for_one_row = waiter.met_lock or (waits and not self._may_go(waiter))
                 self._settle(waiter, self._supervisor.late(counted=not for_one_row))
                 if waiter.errand is not None:
                     waiter.errand.leave()
+
+
+@types.coroutine
+def _turn() -> Generator[None, None, None]:
+    """Wait for one turn of the event loop, as ``asyncio.sleep(0)`` does."""
+    yield
