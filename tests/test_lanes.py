@@ -13,11 +13,12 @@ import sqlalchemy as sa
 from anyio.lowlevel import checkpoint
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from sqlsessions.backends.connections import Aiosqlite, Asyncpg
 from sqlsessions.backends.lanes import ENOUGH, MAX_LOAD, MAX_SIZE, Apart, Held, Lane
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
 from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import BackendError, BackendTimeout, BackendUnavailable, CorruptData, DuplicateId
-from sqlsessions.record import Record
+from sqlsessions.record import Expected, Record
 from sqlsessions.testing import EVER, MINUTE, START, expecting, following, make_record
 from tests.looking import PATIENCE, closing, counted_tasks, left_as_garbage, pids, sql, threads_ended
 from tests.staging import Site, Staged
@@ -566,6 +567,101 @@ async def test_one_bad_row_fails_alone(together: SQLAlchemyBackend) -> None:
     assert await together.load(taken.id, START) == taken
 
 
+def swap(record: Record, data: str = '{"n":1}', **unexpected: Any) -> tuple[Record, Expected]:
+    """Return what a request that has changed nothing but the data asks for."""
+    return record.written(data), Expected(record.version, record.secret_hash, START, record)._replace(**unexpected)
+
+
+async def test_many_changes_of_data(together: SQLAlchemyBackend) -> None:
+    """Of many changes of nothing but the data each is made if its row is as it was read, and else leaves it alone."""
+    records = [make_record() for _ in range(7)]
+    records[3] = records[3]._replace(expires_at=START + MINUTE)
+    await asyncio.gather(*map(together.insert, records))
+    done = await asyncio.gather(
+        together.replace(*swap(records[0])),
+        together.replace(*swap(records[1], version=records[1].version + 1)),
+        together.replace(*swap(records[2], secret_hash=b"x" * 32)),
+        together.replace(*swap(records[3], now=START + MINUTE)),
+        together.replace(*swap(make_record())),
+        together.replace(*swap(records[4], records[4].data)),
+        together.replace(*swap(records[5], '{"n":2}')),
+    )
+    assert done == [True, False, False, False, False, True, True]
+    after = [await together.load(record.id, START) for record in records]
+    assert [record and record.data for record in after] == [
+        '{"n":1}', *(record.data for record in records[1:5]), '{"n":2}', records[6].data,
+    ]  # fmt: skip
+    for found, record in zip(after, records, strict=True):
+        assert found is not None
+        assert found._replace(data="", version=0) == record._replace(data="", version=0)
+        assert (found.version != record.version) is (record in (records[0], records[4], records[5]))
+
+
+async def test_data_of_many_changes(together: SQLAlchemyBackend) -> None:
+    """What stands in the data neither ends a column nor strays into another row."""
+    texts = [
+        "{}",
+        '{"a":","}',
+        '{"a":"\\\\,\\"{}"}',
+        '{"a":"\\u0000"}',
+        '{"NULL":null}',
+        '{"é":"\U0001f36a\u2028"}',
+        '{ "spaced" : [ 1 , 2 ] }\n',
+        '{"long":"%s"}' % ("x" * 50_000),
+    ]
+    records = [make_record() for _ in texts]
+    await asyncio.gather(*map(together.insert, records))
+    changes = [swap(record, text) for record, text in zip(records, texts, strict=True)]
+    assert all(await asyncio.gather(*(together.replace(*change) for change in changes)))
+    loaded = await asyncio.gather(*(together.load(record.id, START) for record in records))
+    assert loaded == [record for record, _ in changes]
+
+
+async def test_one_bad_change_fails_alone(together: SQLAlchemyBackend) -> None:
+    """A change that the database refuses, or that cannot be said at all, fails alone among those that are made."""
+    records = [make_record() for _ in range(9)]
+    await asyncio.gather(*map(together.insert, records))
+    changes = [swap(record) for record in records]
+    changes[2] = changes[2][0]._replace(version=2**70), changes[2][1]
+    changes[4] = swap(records[4], '{"a":"\ud800"}')
+    changes[6] = swap(records[6], now=START.replace(tzinfo=None))
+    outcomes = await asyncio.gather(*(together.replace(*change) for change in changes), return_exceptions=True)
+    assert [place for place, outcome in enumerate(outcomes) if isinstance(outcome, BackendError)] == [2, 4, 6]
+    assert [outcome for outcome in outcomes if not isinstance(outcome, BackendError)] == [True] * 6
+
+
+async def test_one_statement_for_many_changes(postgres_sessions_url: str) -> None:
+    """Changes of nothing but the data are one statement to PostgreSQL, and it is planned for once and for all."""
+    async with closing(SQLAlchemyBackend(postgres_sessions_url)) as backend:
+        records = [make_record() for _ in range(12)]
+        await asyncio.gather(*map(backend.insert, records))
+        for turn in range(12):
+            changes = [swap(record, f'{{"n":{turn}}}') for record in records]
+            # The first goes ahead, as long as nobody was expected.
+            assert all(await asyncio.gather(*(backend.replace(*change) for change in changes)))
+            await asyncio.gather(*(backend.load(record.id, START) for record in records))
+            records = [record for record, _ in changes]
+        rows = await sql(postgres_sessions_url, "SELECT DISTINCT xmin::text, cmin::text FROM web_sessions")
+        assert len(rows) == 1
+        (room,) = backend._rooms.values()
+        connections = [await room.connections.take() for _ in range(2)]
+        kept = [await connection._driver.fetch(_KEPT_PLANS) for connection in connections]
+        planned = [(row["name"], row["custom"], row["generic"]) for rows in kept for row in rows]
+        assert {name for name, _, _ in planned} == {"load", "change"}
+        assert all(custom <= 5 for _, custom, _ in planned), planned
+        assert sum(generic for _, _, generic in planned) >= 12
+        for connection in connections:
+            await room.connections.give(connection)
+
+
+#: How often a connection's statements for many rows were run by a plan of that moment, and how often by one kept.
+_KEPT_PLANS = """
+    SELECT CASE WHEN statement LIKE 'WITH%' THEN 'change' ELSE 'load' END AS name,
+        custom_plans AS custom, generic_plans AS generic
+    FROM pg_prepared_statements WHERE statement LIKE '%string_to_array%' AND statement LIKE '%secret_hash%'
+"""
+
+
 async def test_one_corrupt_row_fails_alone(together: SQLAlchemyBackend, sessions_url: str) -> None:
     """A row that nobody can read is an error for who asked for it, and for nobody else."""
     records = [make_record() for _ in range(8)]
@@ -593,6 +689,24 @@ async def test_one_commit_for_all(postgres_sessions_url: str) -> None:
             postgres_sessions_url, "SELECT xmin::text AS writer, count(*) AS n FROM web_sessions GROUP BY 1"
         )
         assert sorted(row.n for row in rows) == [ENOUGH, 60 - ENOUGH]
+
+
+async def test_halves(sessions_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crowd is cut in two for a server, and not for SQLite, which works in a thread of the application's own."""
+    sizes: list[int] = []
+    way = Aiosqlite if sessions_url.startswith("sqlite") else Asyncpg
+    send = way.changed_each
+
+    async def noting(self: Any, several: Sequence[Any]) -> Any:
+        sizes.append(len(several))
+        return await send(self, several)
+
+    monkeypatch.setattr(way, "changed_each", noting)
+    async with closing(SQLAlchemyBackend(sessions_url)) as backend:
+        for _ in range(2):
+            await asyncio.gather(*(backend.insert(make_record()) for _ in range(40)))
+    # Of the first, one has gone ahead, as nobody was expected.
+    assert sizes == ([39, 40] if way is Aiosqlite else [39, ENOUGH, 40 - ENOUGH])
 
 
 async def test_one_at_a_time_there_are_no_tasks(sessions_url: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -30,7 +31,7 @@ from sqlsessions.errors import (
 )
 from sqlsessions.purge import purge
 from sqlsessions.record import Record
-from sqlsessions.schema import Statements, sessions_table
+from sqlsessions.schema import Spelled, Statements, columns, sessions_table
 from sqlsessions.testing import EVER, MINUTE, START, expecting, following, make_record
 from tests.looking import PATIENCE, closing, everything, pids, sql, threads_ended
 from tests.servers import PostgresServer
@@ -376,6 +377,21 @@ async def test_plans(sessions_url: str) -> None:
         assert index in found, found
         assert "Seq Scan" not in found
         assert "SCAN web_sessions" not in found
+
+
+async def test_plan_of_many_changes(postgres_sessions_url: str) -> None:
+    """Changes of many rows probe the primary key for each, to lock it and to write it; the table is not scanned."""
+    await fill(postgres_sessions_url, 5000)
+    change = {"the_secret_hash": b"x" * 32, "the_version": 1, "version": 2, "data": "{}", "now": START}
+    parameters = columns([{"the_id": UUID(int=number), **change} for number in range(100)])
+    statement = Statements(sessions_table(sa.MetaData()), "postgresql").replace_data.many
+    spelled = Spelled(statement, create_async_engine(postgres_sessions_url).dialect, list(parameters))
+    connection = await asyncpg.connect(postgres_sessions_url.replace("+asyncpg", ""))
+    rows = await connection.fetch(f"EXPLAIN (COSTS OFF) {spelled.text}", *spelled.values(parameters))
+    await connection.close()
+    plan = "\n".join(row[0] for row in rows)
+    assert plan.count("Index Scan using web_sessions_pkey") == 2, plan
+    assert "Seq Scan" not in plan
 
 
 # purge

@@ -73,7 +73,7 @@ class JSONText(sa.types.UserDefinedType[str]):
         return sa.cast(column, sa.Text)
 
 
-class _Joined(sa.TypeDecorator[list[UUID]]):
+class _Joined(sa.TypeDecorator[Sequence[UUID]]):
     """Ids as one text. For an array asyncpg would ask the server about its type, on each connection anew, and turn
     ``jit`` off and on around the question, which a pooler in between may send to two different servers.
     """
@@ -81,7 +81,7 @@ class _Joined(sa.TypeDecorator[list[UUID]]):
     impl = sa.Text
     cache_ok = True
 
-    def process_bind_param(self, value: list[UUID] | None, dialect: Dialect) -> str | None:  # noqa: ARG002
+    def process_bind_param(self, value: Sequence[UUID] | None, dialect: Dialect) -> str | None:  # noqa: ARG002
         """Join the ids by commas."""
         return None if value is None else ",".join(map(_written, value))
 
@@ -166,6 +166,8 @@ class Write:
     passing: sa.Executable
     #: Fails at once on a row that somebody else has locked (55P03).
     prompt: sa.Executable
+    #: The same change to many rows at once, with `columns` of the parameters for its own; passes over locked rows, too.
+    many: sa.Executable | None = None
 
     def waiting(self) -> "Write":
         """Return the same change for a database that refuses all but the plain form."""
@@ -180,6 +182,8 @@ class Statements:
 
     def __init__(self, table: sa.Table, dialect: str) -> None:
         self.table = table
+        #: Whether the database works beside this process, and not in a thread that takes turns with its event loop.
+        self.beside = dialect != "sqlite"
         columns = table.c
         record = [columns[name] for name in Record._fields]
         live = _live(table)
@@ -196,7 +200,9 @@ class Statements:
         self.insert = Write(inserted, inserted, inserted)
         self.replace = _forms(sa.update(table), dialect, _unchanged)
         #: Of the data and the version alone. What a statement sets is what it is first spelled with.
-        self.replace_data = _forms(sa.update(table), dialect, _unchanged)
+        self.replace_data = _forms(
+            sa.update(table), dialect, _unchanged, _many(table) if dialect == "postgresql" else None
+        )
         self.touch = _forms(
             sa.update(table).values(
                 last_seen_at=sa.bindparam("seen", type_=UtcDateTime), expires_at=_later(columns.expires_at)
@@ -261,7 +267,10 @@ def _touchable(rows: sa.FromClause) -> sa.ColumnElement[bool]:
 
 
 def _forms(
-    statement: sa.Update | sa.Delete, dialect: str, condition: Callable[[sa.FromClause], sa.ColumnElement[bool]]
+    statement: sa.Update | sa.Delete,
+    dialect: str,
+    condition: Callable[[sa.FromClause], sa.ColumnElement[bool]],
+    many: sa.Executable | None = None,
 ) -> Write:
     table = statement.table
     plain = _telling(statement.where(condition(table)), dialect)
@@ -274,7 +283,80 @@ def _forms(
         _telling(statement.where(_named(table), table.c.id == locked.scalar_subquery()), dialect)
         for locked in (free.with_for_update(skip_locked=True), free.with_for_update(nowait=True))
     )
-    return Write(plain, passing, prompt)
+    return Write(plain, passing, prompt, many)
+
+
+#: The parameters of `Statements.replace_data` of which `columns` makes those of its `many`.
+_SWAPPED = itemgetter("the_id", "the_secret_hash", "the_version", "version", "data", "now")
+
+
+def columns(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the parameters of one statement for many rows: of each of theirs a column.
+
+    All columns are texts or bytes. About arrays of any other type asyncpg would ask the server, see `_Joined`. Raises
+    `StatementError` if a value is none of its column.
+    """
+    ids, hashes, expected, versions, data, instants = zip(*map(_SWAPPED, several), strict=True)
+    try:
+        return {
+            "ids": ids,
+            "hashes": b"".join(hashes),
+            "expected": ",".join(map(str, expected)),
+            "versions": ",".join(map(str, versions)),
+            "texts": data,
+            # What expires before the last of them was sent has expired.
+            "now": max(instants),
+        }
+    except TypeError as error:
+        raise _unbindable(error) from None
+
+
+def _many(table: sa.Table) -> sa.Executable:
+    """Return the UPDATE of data and version for many rows: one plan and one run of it, where many would cost the server
+    twice as much.
+
+    The lock is taken under the condition, by rows that are free; see `_forms`.
+    """
+    numbers = postgresql.ARRAY(sa.BigInteger)
+    news = (
+        sa.func.unnest(
+            sa.cast(_split("ids", _Joined), postgresql.ARRAY(sa.Uuid)),
+            sa.cast(_split("expected", sa.Text), numbers),
+            sa.cast(_split("versions", sa.Text), numbers),
+            _hidden("texts", postgresql.ARRAY(sa.Text)),
+        )
+        .table_valued("id", "expected", "version", "data", with_ordinality="place")
+        .render_derived(name="news")
+    )
+    one, size = sa.literal_column("1", sa.Integer), sa.literal_column("32", sa.Integer)
+    begin = sa.cast((news.c.place - one) * size + one, sa.Integer)
+    hashes = sa.bindparam("hashes", type_=sa.LargeBinary)
+    other = table.alias("other")
+    free = (
+        sa.select(other.c.id, news.c.version, news.c.data)
+        .where(
+            other.c.id == news.c.id,
+            other.c.secret_hash == sa.func.substring(hashes, begin, size),
+            other.c.version == news.c.expected,
+            _live(other),
+        )
+        .with_for_update(skip_locked=True, of=other)
+        .cte("free")
+    )
+    changed = sa.update(table).values(data=sa.cast(free.c.data, JSONText), version=free.c.version)
+    return changed.where(table.c.id == free.c.id).returning(table.c.id)
+
+
+def _split(name: str, type_: Any) -> sa.ColumnElement[Any]:
+    """Return the parameter *name*, a text, as an array of what stands between its commas."""
+    return sa.func.string_to_array(_hidden(name, type_), sa.literal_column("','"))
+
+
+def _hidden(name: str, type_: Any) -> sa.ColumnElement[Any]:
+    """Return a parameter that PostgreSQL's planner does not look at: it would take few values for a reason to plan
+    each statement anew, at the price of several rows.
+    """
+    return sa.select(sa.bindparam(name, type_=type_)).scalar_subquery()
 
 
 def _telling(statement: Any, dialect: str) -> Any:
@@ -312,7 +394,7 @@ class Spelled:
                 for place, process in self._process:
                     values[place] = process(values[place])
             except (ValueError, TypeError, AttributeError) as error:
-                raise sa.exc.StatementError("a value cannot be bound", None, None, error) from None
+                raise _unbindable(error) from None
         return values
 
     def row(self, row: Sequence[Any]) -> Sequence[Any]:
@@ -321,6 +403,10 @@ class Spelled:
         for place, process in self._read:
             values[place] = process(values[place])
         return values
+
+
+def _unbindable(error: Exception) -> sa.exc.StatementError:
+    return sa.exc.StatementError("a value cannot be bound", None, None, error)
 
 
 def _bind_processor(type_: Any, dialect: Dialect) -> Callable[[Any], Any] | None:
@@ -358,6 +444,6 @@ def _listed(dialect: str) -> Callable[[sa.Select[tuple[UUID]]], sa.Select[Any]]:
 def _member(dialect: str) -> Callable[[sa.ColumnElement[UUID]], sa.ColumnElement[bool]]:
     """Return how *dialect* says "is one of these ids": as one parameter, or as a list of any length."""
     if dialect == "postgresql":
-        ids = sa.func.string_to_array(sa.bindparam("ids", type_=_Joined), sa.literal_column("','"))
-        return lambda column: column == sa.any_(sa.cast(ids, postgresql.ARRAY(sa.Uuid)))
+        ids = sa.cast(_split("ids", _Joined), postgresql.ARRAY(sa.Uuid))
+        return lambda column: column == sa.any_(ids)
     return lambda column: column.in_(sa.bindparam("ids", expanding=True, type_=sa.Uuid))

@@ -28,7 +28,7 @@ from sqlalchemy.pool import NullPool
 from sqlsessions.backends.lanes import Apart
 from sqlsessions.errors import CorruptData
 from sqlsessions.record import Record
-from sqlsessions.schema import Spelled, Statements, Write
+from sqlsessions.schema import Spelled, Statements, Write, columns
 
 #: `Record._make`, but for its look at the length, which is the statement's.
 _record: Callable[[Any], Record] = partial(tuple.__new__, Record)
@@ -136,8 +136,8 @@ class Plain:
         try:
             counts = [await self.count(write.passing, parameters) for write, parameters in several]
             await self._connection.execute(self._statements.commit)
-        except DBAPIError as error:
-            if not error.connection_invalidated:
+        except Exception as error:
+            if not (isinstance(error, DBAPIError) and error.connection_invalidated):
                 await self._connection.execute(self._statements.rollback)
             raise
         return [_told(write, count == 1) for (write, _), count in zip(several, counts, strict=True)]
@@ -199,12 +199,22 @@ class Asyncpg(_PastSQLAlchemy):
         changed: set[UUID] = set()
         async with self._driver.transaction() if len(kinds) > 1 else nullcontext():
             for write, group in kinds.items():
-                # In one order everywhere, for databases that take no form but the one that waits for locks.
-                group.sort(key=_place)
-                spelled = self._spell(write.passing, group[0])
-                rows = await self._driver.fetchmany(spelled.text, list(map(spelled.values, group)))
-                changed.update(row[0] for row in rows)
+                rows = await (self._one_by_one(write, group) if write.many is None else self._as_one(write.many, group))
+                changed.update([row[0] for row in rows])
         return [_told(write, _id(parameters) in changed) for write, parameters in several]
+
+    async def _as_one(self, many: sa.Executable, group: list[Parameters]) -> Sequence[Any]:
+        together = columns(group)
+        spelled = self._spell(many, together)
+        rows: Sequence[Any] = await self._driver.fetch(spelled.text, *spelled.values(together))
+        return rows
+
+    async def _one_by_one(self, write: Write, group: list[Parameters]) -> Sequence[Any]:
+        # In one order everywhere, for databases that take no form but the one that waits for locks.
+        group.sort(key=_place)
+        spelled = self._spell(write.passing, group[0])
+        rows: Sequence[Any] = await self._driver.fetchmany(spelled.text, list(map(spelled.values, group)))
+        return rows
 
 
 class Aiosqlite(_PastSQLAlchemy):

@@ -6,8 +6,10 @@ import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 from uuid import UUID
+from weakref import WeakSet
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -26,7 +28,7 @@ from sqlsessions.backends.connections import (
     silence,
 )
 from sqlsessions.backends.hosts import connector
-from sqlsessions.backends.lanes import MAX_LOAD, Apart, Held, Lane
+from sqlsessions.backends.lanes import ENOUGH, MAX_LOAD, Apart, Held, Lane
 from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import (
     BackendError,
@@ -52,8 +54,10 @@ _PAUSES = (0.02, 0.04, 0.08)
 #: Tells by the version and hash that are stored, or None, whether a write was done; None for "not yet".
 Done = Callable[[Any], bool | None]
 
+#: What is raised for a value that a driver cannot send; nothing was done then, and the connection is as it was.
+_UNSAYABLE = (StatementError, OverflowError, UnicodeEncodeError)
 #: What drivers and SQLAlchemy raise.
-_SAID = (Fault, SQLAlchemyError, OverflowError, OSError, TimeoutError)
+_SAID = (Fault, SQLAlchemyError, *_UNSAYABLE, OSError, TimeoutError)
 
 #: The fields before and behind the two, data and version, that are all which most changes to a session change.
 _BEFORE, _BEHIND = slice(Record._fields.index("data")), slice(Record._fields.index("version") + 1, None)
@@ -101,6 +105,7 @@ class SQLAlchemyBackend(Revocation):
         self._deadline = deadline.total_seconds()
         self._rooms: dict[asyncio.AbstractEventLoop, _Room] = {}
         self._inherited: list[object] = []
+        _BACKENDS.add(self)
 
     def __repr__(self) -> str:
         return f"<SQLAlchemyBackend {self._statements.table.fullname!r} on {self._model.dialect.name}>"
@@ -123,16 +128,22 @@ class SQLAlchemyBackend(Revocation):
 
     def replace(self, record: Record, expected: Expected) -> Coroutine[Any, Any, bool]:
         """Store *record* if the row still matches *expected*: one UPDATE, of the data alone if nothing else is new."""
-        values = _unchanged(record.id, expected)
         old = expected.record
         if old is not None and record[_BEFORE] == old[_BEFORE] and record[_BEHIND] == old[_BEHIND]:
             write = self._statements.replace_data
-            values["data"], values["version"] = record.data, record.version
+            values = {
+                "the_id": record.id,
+                "the_version": expected.version,
+                "the_secret_hash": expected.secret_hash,
+                "now": expected.now,
+                "data": record.data,
+                "version": record.version,
+            }
         else:
             write = self._statements.replace
-            values.update(record._asdict())
+            values = _unchanged(record.id, expected) | record._asdict()
             del values["id"]
-        return self._write(write, record.id, values, _replaced(record, expected))
+        return self._write(write, record.id, values, partial(_replaced, record, expected))
 
     def touch(
         self,
@@ -237,18 +248,21 @@ class SQLAlchemyBackend(Revocation):
         return await (await self._opened()).write(change)
 
     def _at_hand(self) -> "_Room | None":
-        """Return the running event loop's room, if it has one in this process."""
-        room = self._rooms.get(asyncio.get_running_loop())
-        return room if room is not None and room.process is _Process.current else None
+        """Return the running event loop's room, if it has one."""
+        return self._rooms.get(asyncio.get_running_loop())
+
+    def _begin_anew(self) -> None:
+        """Leave the connections alone that there are, and open others: for the child of a fork, which the parent's
+        sockets are not for, neither to use nor, as forgetting them would, to close.
+        """
+        self._inherited.append(self._rooms)
+        self._rooms = {}
 
     async def _opened(self) -> "_Room":
         loop = asyncio.get_running_loop()
         # By copies of the keys: loops in other threads come and go meanwhile.
-        for other, room in list(self._rooms.items()):
-            if room.process is not _Process.current:
-                # Forked: the parent's sockets are not ours to use, nor to close, as forgetting them would.
-                self._inherited.append(self._rooms.pop(other, None))
-            elif other.is_closed():
+        for other in list(self._rooms):
+            if other.is_closed():
                 self._rooms.pop(other, None)
         kept = not any(other.connections.kept for other in list(self._rooms.values()))
         connections = Connections(self._model, self._statements, kept=kept)
@@ -265,18 +279,16 @@ class SQLAlchemyBackend(Revocation):
         return await turn.count(self._statements.purge, {"ids": ids, "before": before})
 
 
-class _Process:
-    """A token of this process; a fork has another. Asking the system for the process's number costs every request."""
-
-    current = object()
-
-    @classmethod
-    def forked(cls) -> None:
-        """Begin anew."""
-        cls.current = object()
+_BACKENDS: WeakSet[SQLAlchemyBackend] = WeakSet()
 
 
-os.register_at_fork(after_in_child=_Process.forked)
+def _forked() -> None:
+    for backend in _BACKENDS:
+        backend._begin_anew()  # noqa: SLF001 - of this very module
+
+
+# Told of a fork, nobody has to ask the system with every request what process this is.
+os.register_at_fork(after_in_child=_forked)
 
 
 class _Room:
@@ -285,14 +297,15 @@ class _Room:
     def __init__(
         self, connections: Connections, supervisor: Supervisor, statements: Statements, *, batch: bool
     ) -> None:
-        self.process = _Process.current
         self.connections = connections
         self.supervisor = supervisor
         # Without batches, each piece of work is a load, and there are as many at a time as there are connections.
         load, flights = (MAX_LOAD, 1) if batch else (1, supervisor.slots)
+        # Two halves of a crowd that are served by turns gain nothing where they cannot be at the same time.
+        enough = ENOUGH if statements.beside else MAX_LOAD
         reader, writer = _Reader(connections, statements), _Writer(connections, statements)
-        self.read = Lane(supervisor, reader, max_load=load, flights=flights, shared=True).put
-        self.write = Lane(supervisor, writer, max_load=load, flights=flights).put
+        self.read = Lane(supervisor, reader, max_load=load, enough=enough, flights=flights, shared=True).put
+        self.write = Lane(supervisor, writer, max_load=load, enough=enough, flights=flights).put
         self._life = self._until_closed()
 
     async def open(self) -> None:
@@ -360,7 +373,7 @@ class _Reader:
         turn = _Turn(self._connections, lease)
         try:
             found = await turn.again(lambda connection: connection.way.records_of_each(several))
-        except (Fault, StatementError, OverflowError):
+        except (Fault, *_UNSAYABLE):
             return [Apart()] * len(load)
         return [
             None if isinstance(each, Record) and each.expires_at <= work.now else each
@@ -394,7 +407,7 @@ class _Writer:
         except Fault as fault:
             self._locks = self._locks and fault.state != NOT_SUPPORTED
             return [Apart(lost=fault.lost)] * len(load)
-        except (StatementError, OverflowError):
+        except _UNSAYABLE:
             return [Apart()] * len(load)
         return [_typed(outcome) if isinstance(outcome, Fault) else outcome for outcome in outcomes]
 
@@ -492,7 +505,7 @@ class _Turn:
         except BaseException as error:
             fault = connection.fault(error)
             self._lease.terminate = None
-            unharmed = fault is not None or isinstance(error, (CorruptData, StatementError, OverflowError))
+            unharmed = fault is not None or isinstance(error, (CorruptData, *_UNSAYABLE))
             await self._part_with(connection, healthy=unharmed and (fault is None or not fault.gone))
             if fault is None:
                 raise
@@ -539,18 +552,14 @@ def _inserted(record: Record) -> Done:
     return lambda row: True if row is not None and tuple(row) == (record.version, record.secret_hash) else None
 
 
-def _replaced(record: Record, expected: Expected) -> Done:
-    """Return what tells whether *record* has replaced what was *expected*. Versions only grow."""
-
-    def done(row: Any) -> bool | None:
-        if row is None or row.version > record.version:
-            # Gone, or written over, perhaps on top of ours. Said to have missed, ours would be made a second time.
-            raise BackendUnavailable("the connection broke, and whether the record was written cannot be known")
-        if row.version == record.version:
-            return bool(row.secret_hash == record.secret_hash)
-        return None if row.version == expected.version else False
-
-    return done
+def _replaced(record: Record, expected: Expected, row: Any) -> bool | None:
+    """Tell whether *record* has replaced what was *expected*. Versions only grow."""
+    if row is None or row.version > record.version:
+        # Gone, or written over, perhaps on top of ours. Said to have missed, ours would be made a second time.
+        raise BackendUnavailable("the connection broke, and whether the record was written cannot be known")
+    if row.version == record.version:
+        return bool(row.secret_hash == record.secret_hash)
+    return None if row.version == expected.version else False
 
 
 def _deleted(expected: Expected) -> Done:
@@ -587,7 +596,7 @@ def _meant(error: Exception) -> BackendError | CorruptData:
     """
     if isinstance(error, Fault):
         return _typed(error)
-    if isinstance(error, (StatementError, OverflowError)):
+    if isinstance(error, _UNSAYABLE):
         return _unsayable(type(error).__name__)
     return _unreachable(error)
 
