@@ -38,7 +38,7 @@ from sqlsessions.errors import (
 )
 from sqlsessions.events import Event, EventHook, EventKind, emitter
 from sqlsessions.payload import Limits, changed_keys, decode, encode, merge
-from sqlsessions.record import FORMAT, Expected, Record, Timeouts, next_version, principal, utc_now
+from sqlsessions.record import Expected, Record, Timeouts, principal, utc_now
 from sqlsessions.session import UNMARKED, Change, Marks, Session
 
 UserKey = str | Callable[[Mapping[str, Any]], str | int | None] | None
@@ -108,6 +108,13 @@ def decide(facts: Facts) -> Action:  # noqa: PLR0911 - a row of the table each
         return Action.UPDATE
     return Action.TOUCH if facts.touch_due else Action.NOTHING
 
+
+#: The action for a row that is at most changed, or due for a touch.
+_PLAIN = {
+    (changed, due): decide(Facts(stored=True, changed=changed, touch_due=due))
+    for changed in (False, True)
+    for due in (False, True)
+}
 
 #: How a row shows that nobody here has written it: by data that does not decode, or a timeout beyond any calendar.
 _CORRUPT = (CorruptData, OverflowError)
@@ -179,15 +186,24 @@ class SessionManager:
         """
         if values is None:
             self.emit(Event("too_many_cookies"))
-            return _visit(self, None, stale_key=False, client=client)
+            return self._visit(None, stale_key=False, client=client)
         found = list(filter(None, map(self.signer.unsign, values)))
-        genuine = found if len(found) < 2 else list(dict(found).items())  # noqa: PLR2004 - one has no twin
-        if len(genuine) == 1:
-            credential, stale_key = genuine[0]
-            return _visit(self, credential, stale_key=stale_key, client=client)
+        if len(found) > 1:
+            found = list(dict(found).items())
+        if len(found) == 1:
+            credential, stale_key = found[0]
+            return self._visit(credential, stale_key=stale_key, client=client)
         if values:
-            self.emit(Event("duplicate_cookie" if genuine else "bad_signature"))
-        return _visit(self, None, stale_key=False, client=client)
+            self.emit(Event("duplicate_cookie" if found else "bad_signature"))
+        return self._visit(None, stale_key=False, client=client)
+
+    def _visit(
+        self, credential: Credential | None, *, stale_key: bool, client: Callable[[], str | None]
+    ) -> tuple["Visit", Session]:
+        visit = Visit(self, credential, stale_key=stale_key, client=client)
+        session = Session(visit)
+        visit.attach(session)
+        return visit, session
 
     def commit(self, work: Work, session: Session, *, failed: Callable[[Exception], None]) -> Commit:
         """Return what does *work* on *session* when it is awaited: whole, even if a client disconnects meanwhile."""
@@ -201,11 +217,29 @@ class SessionManager:
 class Visit:
     """One request's dealings with its session: what was loaded, what is owed. The session's `SessionOps`."""
 
-    __slots__ = (
-        "_as_stored", "_client", "_commit", "_credential", "_failure", "_gone", "_loaded", "_manager",
-        "_names_its_user", "_presented", "_session", "_stale_key", "_touched_at", "cookie", "headers_sent", "record",
-        "refusal",
-    )  # fmt: skip
+    # What a visit begins with stands in the class, and costs none of them anything.
+
+    _loaded = False
+    _gone = False
+    _failure: BackendError | None = None
+    #: When a touch was last tried, done or not.
+    _touched_at: datetime | None = None
+    #: The latest commit, perhaps under way still.
+    _commit: Commit | None = None
+    #: Whether the row is bound to the user that its data names, by the settings of now.
+    _names_its_user = True
+    #: The session's items when they were last the row's: the very objects.
+    _as_stored: dict[str, Any] | None = None
+    #: The stored row, as last loaded or committed.
+    record: Record | None = None
+    #: Set by the middleware when a cookie can no longer be sent.
+    headers_sent = False
+    #: What the handler was last told instead of being served: an outage, a conflict, a session that is gone.
+    refusal: BackendError | SessionConflict | SessionGone | None = None
+    #: What the response must tell the browser; later commits replace it.
+    cookie: CookieChange | None = None
+
+    _session: Callable[[], Session | None]
 
     def __init__(
         self,
@@ -220,26 +254,6 @@ class Visit:
         self._stale_key = stale_key
         self._client = client
         self._presented = credential is not None
-        self._loaded = False
-        self._gone = False
-        self._failure: BackendError | None = None
-        #: When a touch was last tried, done or not.
-        self._touched_at: datetime | None = None
-        #: The latest commit, perhaps under way still.
-        self._commit: Commit | None = None
-        #: The stored row, as last loaded or committed.
-        self.record: Record | None = None
-        #: Whether the row is bound to the user that its data names, by the settings of now.
-        self._names_its_user = True
-        #: The session's items when they were last the row's: the very objects.
-        self._as_stored: dict[str, Any] | None = None
-        self._session: Callable[[], Session | None] = lambda: None
-        #: Set by the middleware when a cookie can no longer be sent.
-        self.headers_sent = False
-        #: What the handler was last told instead of being served: an outage, a conflict, a session that is gone.
-        self.refusal: BackendError | SessionConflict | SessionGone | None = None
-        #: What the response must tell the browser; later commits replace it.
-        self.cookie: CookieChange | None = None
 
     def attach(self, session: Session) -> None:
         """Serve *session*, without keeping it: a cycle of the two would leave the data of every request, a cart of
@@ -360,18 +374,20 @@ class Visit:
 
     async def commit(self, *, failed: bool = False) -> None:
         """Write what this request owes; see `owed`."""
-        commit = self.owed(failed=failed)
+        commit = self.owed(self.session, failed=failed)
         if commit is not None:
             await commit
 
-    def owed(self, *, failed: bool = False, may_touch: Callable[[], bool] = lambda: True) -> Commit | None:
+    def owed(
+        self, session: Session, *, failed: bool = False, may_touch: Callable[[], bool] = lambda: True
+    ) -> Commit | None:
         """Return what writes, when it is awaited, what this request owes, and sets `cookie`; None if that is nothing.
         With *failed* (a 5xx, an exception) only a session that was to end is ended.
 
         It raises `SessionGone` when the session ended meanwhile and a change was dropped, `SessionConflict`,
         `HeadersSent`, `InvalidData` or `BackendError`; nothing was written then, but for what had to be deleted.
         """
-        session, previous = self.session, self._commit
+        previous = self._commit
         if not self._loaded or (self._failure is not None and not session.accessed):
             return None
         if failed and not session.marks.ended:
@@ -428,7 +444,8 @@ class Visit:
         # Past the methods of Session, in case somebody else went past them too.
         if not self._names_its_user or not dict.__eq__(session, stored):
             return False
-        if callable(manager.user_key) and self._user_in(stored) != record.user_id:
+        key = manager.user_key
+        if key is not None and type(key) is not str and self._user_in(stored) != record.user_id:
             return False
         return not (session.accessed and manager.timeouts.touch_due(record, manager.clock()))
 
@@ -439,10 +456,9 @@ class Visit:
         dict.update(session, data)
         session.written = True
 
-    def _settle(self, data: dict[str, Any]) -> None:
+    def _settle(self, session: Session, data: dict[str, Any]) -> None:
         """Take *data* for what is stored: the session's items, if no handler has gone on changing them meanwhile."""
         self._as_stored, self._names_its_user = data, True
-        session = self.session
         session.written = not all(map(is_, dict.values(session), data.values())) or list(dict.keys(session)) != list(
             data
         )
@@ -452,12 +468,10 @@ class Visit:
         data = decode(record.data)
         key = self._manager.user_key
         if isinstance(key, str):
-            try:
-                self._names_its_user = principal(data.get(key)) == record.user_id
-            except InvalidData:
-                raise CorruptData("stored data holds what cannot be a user id") from None
+            self._names_its_user = _named(data.get(key), record.user_id)
         self.record, self._as_stored = record, data
-        dict.clear(session)
+        if dict.__len__(session):
+            dict.clear(session)
         dict.update(session, data)
         session.written = False
 
@@ -483,8 +497,13 @@ class Visit:
     def _draft(self, session: Session, *, failed: bool, may_touch: Callable[[], bool]) -> "_Draft":
         """Return what would be written now, and the action owed."""
         record, now, marks = self.record, self._manager.clock(), session.marks
-        quiet = failed or not (session.accessed or self._stale_key)
         data = dict(dict.items(session))  # a look that is no access; `dict.copy` would be one
+        if record is not None and data and session.accessed and not failed and self._is_plain(data, marks):
+            text = encode(data, self._manager.limits, known=record.data, stored=self._as_stored, lent=session.lent)
+            other = text != record.data
+            action = _PLAIN[other, not other and self._touch_due(session, now) and may_touch()]
+            return _Draft(action, text, record.user_id, now, data, marks)
+        quiet = failed or not (session.accessed or self._stale_key)
         user = None if quiet else self._user_of(data, marks)
         empty = user is None and not data
         known = before = None
@@ -510,6 +529,13 @@ class Visit:
         action = Action.NOTHING if quiet and not failed else decide(facts)
         return _Draft(action, text, user, now, data, marks)
 
+    def _is_plain(self, data: Mapping[str, Any], marks: Marks) -> bool:
+        """Tell whether *data* names the same user as the row, without asking whom, and nothing was asked for."""
+        key, stored = self._manager.user_key, self._as_stored
+        if marks is not UNMARKED or stored is None or not self._names_its_user:
+            return False
+        return key is None or (type(key) is str and data.get(key) is stored.get(key))
+
     def _touch_due(self, session: Session, now: datetime) -> bool:
         """Tell whether the session's use is worth a write. A cookie of an old key is: it is re-issued if the touch
         finds the row. A touch whose cookie can no longer be sent waits for another response, and one that failed for
@@ -533,7 +559,7 @@ class Visit:
         self, draft: "_Draft", session: Session, *, failed: bool, may_touch: Callable[[], bool]
     ) -> None:
         """Perform *draft*; whenever another writer was faster, load and merge and decide again."""
-        if not await self._performing(draft):
+        if not await self._performing(draft, session):
             draft = await self._perform_in_turn(session, failed=failed, may_touch=may_touch)
         # The handler may have gone on meanwhile, and asked for more, such as an end: that is still owed.
         if draft.marks is not UNMARKED and session.marks == draft.marks:
@@ -545,12 +571,12 @@ class Visit:
             for attempt in range(1, _TRIES):
                 await self._rebase()
                 draft = self._draft(session, failed=failed, may_touch=may_touch)
-                if await self._performing(draft):
+                if await self._performing(draft, session):
                     return draft
                 await _back_off(attempt)
         raise self._conflict()
 
-    def _performing(self, draft: "_Draft") -> Coroutine[Any, Any, bool]:  # noqa: PLR0911 - a case for each action
+    def _performing(self, draft: "_Draft", session: Session) -> Coroutine[Any, Any, bool]:  # noqa: PLR0911 - a case for each action
         """Return what carries out the action: with False, if a compare-and-swap found another row than was read."""
         if self.headers_sent and draft.action in _NEED_COOKIE:
             raise HeadersSent(
@@ -558,38 +584,38 @@ class Visit:
             )
         match draft.action:
             case Action.UPDATE | Action.RENEW:
-                return self._replace(draft)
+                return self._replace(draft, session)
             case Action.NOTHING:
                 return self._do_nothing()
             case Action.TOUCH:
                 return self._touch(draft)
             case Action.INSERT:
-                return self._insert(draft)
+                return self._insert(draft, session)
             case Action.DELETE:
                 return self._delete()
             case Action.DELETE_THEN_INSERT:
-                return self._begin_anew(draft)
+                return self._begin_anew(draft, session)
             case Action.DELETE_UNCHANGED:
                 return self._delete(unchanged_at=draft.now)
             case Action.SWITCH_USER:
-                return self._switch_user(draft)
+                return self._switch_user(draft, session)
         assert_never(draft.action)
 
     async def _do_nothing(self) -> bool:
         return True
 
-    async def _begin_anew(self, draft: "_Draft") -> bool:
+    async def _begin_anew(self, draft: "_Draft", session: Session) -> bool:
         await self._delete()
-        return await self._insert(draft)
+        return await self._insert(draft, session)
 
-    async def _switch_user(self, draft: "_Draft") -> bool:
+    async def _switch_user(self, draft: "_Draft", session: Session) -> bool:
         ours = self._set_here()
         if not await self._delete(unchanged_at=draft.now):
             return False
         self._put(ours)
-        return await self._insert(draft._replace(data=ours, text=encode(ours, self._manager.limits)))
+        return await self._insert(draft._replace(data=ours, text=encode(ours, self._manager.limits)), session)
 
-    async def _insert(self, draft: "_Draft") -> bool:
+    async def _insert(self, draft: "_Draft", session: Session) -> bool:
         """Create the row under an id and a secret of our own making; a taken id is not overwritten but left for
         another (R5).
         """
@@ -617,7 +643,7 @@ class Visit:
             record = record._replace(id=credential.id)
             await manager.backend.insert(record)
         self._adopt(record, credential)
-        self._settle(draft.data)
+        self._settle(session, draft.data)
         self._gone = False
         self._emit("created")
         if draft.user is not None:
@@ -625,7 +651,7 @@ class Visit:
             await self._trim(record)
         return True
 
-    async def _replace(self, draft: "_Draft") -> bool:
+    async def _replace(self, draft: "_Draft", session: Session) -> bool:
         """Update the row, with a new secret if that is owed, if it still is the one that was read."""
         before, credential = self._standing()
         renewed = draft.action is Action.RENEW
@@ -634,7 +660,7 @@ class Visit:
         if not await self._manager.backend.replace(record, _expecting(before, draft.now)):
             return False
         self._adopt(record, fresh, told=renewed or self._to_be_told(before, record))
-        self._settle(draft.data)
+        self._settle(session, draft.data)
         if renewed:
             self._emit("renewed")
         if record.user_id != before.user_id:
@@ -664,28 +690,15 @@ class Visit:
         """
         marks, timeouts = draft.marks, self._manager.timeouts
         renewed = draft.action is Action.RENEW
-        authenticated_at = before.authenticated_at
-        if draft.user is None:
-            authenticated_at = None
-        elif draft.user != before.user_id or marks.login is not None:
-            authenticated_at = draft.now
-        # Spelled out, since `replace` takes five times as long.
-        record = Record(
-            before.id,
-            secret_hash,
-            draft.user,
-            draft.text,
-            next_version(before.version),
-            before.created_at,
-            before.last_seen_at,
-            before.expires_at,
-            authenticated_at,
-            marks.idle_timeout if marks.timeouts else before.idle_timeout,
-            before.persistent if marks.persistent is None else marks.persistent,
-            before.client,
-            # Written anew, so in this version's layout, whichever it was read in (R100).
-            FORMAT,
-        )
+        record = before.written(draft.text)
+        if renewed or marks is not UNMARKED or draft.user != before.user_id:
+            record = record._replace(
+                secret_hash=secret_hash,
+                user_id=draft.user,
+                authenticated_at=_authenticated_at(before, draft),
+                idle_timeout=marks.idle_timeout if marks.timeouts else before.idle_timeout,
+                persistent=before.persistent if marks.persistent is None else marks.persistent,
+            )
         if renewed or marks.timeouts or timeouts.touch_due(before, draft.now):
             record = record._replace(last_seen_at=max(before.last_seen_at, draft.now))
             until = timeouts.expires_at(record)
@@ -776,7 +789,7 @@ class Visit:
         if result:
             now, marks = self._manager.clock(), self.session.marks
             draft = _Draft(Action.INSERT, text, self._user_in(result), now, decode(text), marks)
-            await self._insert(draft)
+            await self._insert(draft, self.session)
         self._put(merge({}, result, pending))
         return result
 
@@ -830,13 +843,14 @@ class Visit:
         self._manager.emit(Event(kind, session_id, self.record.user_id if self.record else None, detail=detail))
 
 
-def _visit(
-    manager: SessionManager, credential: Credential | None, *, stale_key: bool, client: Callable[[], str | None]
-) -> tuple[Visit, Session]:
-    visit = Visit(manager, credential, stale_key=stale_key, client=client)
-    session = Session(visit)
-    visit.attach(session)
-    return visit, session
+def _named(user: object, user_id: str | None) -> bool:
+    """Tell whether *user*, of stored data, is whom the row is bound to."""
+    if type(user) is int and str(user) == user_id:
+        return True
+    try:
+        return principal(user) == user_id
+    except InvalidData:
+        raise CorruptData("stored data holds what cannot be a user id") from None
 
 
 class _Draft(NamedTuple):
@@ -902,6 +916,12 @@ def _apply(change: Change, data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(changed, Mapping):
         raise InvalidData(f"atomic() needs a function that returns a mapping or None, not {type(changed).__name__}")
     return dict(changed)
+
+
+def _authenticated_at(before: Record, draft: _Draft) -> datetime | None:
+    if draft.user is None:
+        return None
+    return draft.now if draft.user != before.user_id or draft.marks.login is not None else before.authenticated_at
 
 
 def _expecting(record: Record, now: datetime) -> Expected:

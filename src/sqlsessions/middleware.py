@@ -42,6 +42,7 @@ PathRule = str | re.Pattern[str]
 #: Scope key: the cookie names that already have a session here, and their visits.
 _VISITS = "sqlsessions"
 
+_SERVED = frozenset({"http", "websocket"})
 #: Messages with which a response begins and headers leave.
 _BEGINNINGS = frozenset({"http.response.start", "websocket.accept", "websocket.close", "websocket.http.response.start"})
 _ANSWERED = (BackendError, SessionConflict, SessionGone)
@@ -114,7 +115,8 @@ class SessionMiddleware:
         self._cookie = CookieSettings(
             cookie_name or "", cookie_https_only, cookie_same_site, cookie_domain, cookie_path, cookie_partitioned
         )
-        self._cookie_name = self._cookie.name.encode()
+        self._name = self._cookie.name
+        self._name_sent = self._name.encode()
         self._manager = SessionManager(
             backend=_forgetful() if backend is None else backend,
             signer=CookieSigner(
@@ -137,19 +139,20 @@ class SessionMiddleware:
         self._warned_of_http = False
 
     def __repr__(self) -> str:
-        return f"<SessionMiddleware {self._cookie.name!r} on {self._manager.backend!r}>"
+        return f"<SessionMiddleware {self._name!r} on {self._manager.backend!r}>"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, WebSocket or lifespan."""
-        if scope["type"] == "lifespan":
+        kind, visits = scope["type"], scope.get(_VISITS)
+        if kind == "lifespan":
             await self.app(scope, receive, self._lifespan(send))
             return
-        if scope["type"] not in ("http", "websocket") or self._cookie.name in scope.get(_VISITS, ()):
+        if kind not in _SERVED or (visits and self._name in visits):
             await self.app(scope, receive, send)
             return
         # The rest stands here and not in a coroutine of its own: each that waits is left and entered again.
         self._purger.start()
-        values = cookies.read(scope["headers"], self._cookie_name)
+        values = cookies.read(scope["headers"], self._name_sent)
         # Not of the scope, which will hold the visit: see `Visit.attach`.
         client = partial(_client, scope.get("client"), scope["headers"]) if self._record_client else _unknown
         visit, session = self._manager.open(values, client=client)
@@ -160,8 +163,8 @@ class SessionMiddleware:
             # Else not a copy: what is around this looks in its scope for the route that was found.
             scope = dict(scope)
         scope["session"] = session
-        scope[_VISITS] = {**scope.get(_VISITS, {}), self._cookie.name: visit}
-        exchange = _Exchange(self._rules, visit, scope, receive, send)
+        scope[_VISITS] = {**visits, self._name: visit} if visits else {self._name: visit}
+        exchange = _Exchange(self._rules, visit, session, scope, receive=receive, send=send)
         try:
             await self.app(scope, receive, exchange.send)
         except WebSocketDisconnect:  # how Starlette tells a handler that the client has closed: no failure
@@ -244,34 +247,39 @@ class _Exchange:
     fails.
     """
 
-    __slots__ = (
-        "_begun", "_closed", "_failed", "_failure", "_receive", "_rules", "_scope", "_send", "_visit",
-    )  # fmt: skip
+    # What an exchange begins with stands in the class, and costs none of them anything.
+
+    _begun = False
+    _closed = False
+    #: Nothing but an end is kept for a response that is a 5xx, or that never begins.
+    _failed = True
+    _failure: Exception | None = None
+    #: The application's.
+    _headers: Sequence[tuple[bytes, bytes]] = ()
 
     def __init__(
         self,
         rules: _Rules,
         visit: Visit,
+        session: Session,
         scope: Scope,
+        *,
         receive: Receive,
         send: Send,
     ) -> None:
         self._rules = rules
         self._visit = visit
+        self._session = session
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._begun = False
-        self._closed = False
-        #: Nothing but an end is kept for a response that is a 5xx, or that never begins.
-        self._failed = True
-        self._failure: Exception | None = None
 
     async def send(self, message: Message) -> None:
         """Pass *message* on; before the first with headers, commit."""
         if self._failure is not None:
             raise _AbandonedError
-        if not self._begun and message["type"] in _BEGINNINGS:
+        kind = message["type"]
+        if not self._begun and kind in _BEGINNINGS:
             headers = list(message.get("headers", ()))
             try:
                 if (commit := self._owed(message, headers)) is not None:
@@ -280,7 +288,8 @@ class _Exchange:
                 if not self._forgiven(error):
                     self._failure = error
             message = self._begin(message, headers)
-        self._closed = message["type"] == "websocket.close"
+        if kind == "websocket.close":
+            self._closed = True
         await self._send(message)
 
     def ending(self) -> Awaitable[None] | None:
@@ -289,7 +298,7 @@ class _Exchange:
         """
         if self._failure is not None:
             return self._answer(self._failure)
-        commit = self._visit.owed(failed=self._failed)
+        commit = self._visit.owed(self._session, failed=self._failed)
         return None if commit is None else self._kept(commit)
 
     async def fail(self, error: BaseException) -> None:
@@ -315,9 +324,13 @@ class _Exchange:
         """Return what has to be committed before *message* leaves."""
         refused = message["type"] == "websocket.close"
         self._failed = message.get("status", 403 if refused else 200) >= _SERVER_ERROR
-        # A refused handshake has no headers of ours.
-        self._visit.headers_sent = refused
-        return self._visit.owed(failed=self._failed, may_touch=lambda: not _shared(headers))
+        if refused:  # a handshake, whose answer has no headers of ours
+            self._visit.headers_sent = True
+        self._headers = headers
+        return self._visit.owed(self._session, failed=self._failed, may_touch=self._may_touch)
+
+    def _may_touch(self) -> bool:
+        return not _shared(self._headers)
 
     def _begin(self, message: Message, headers: list[tuple[bytes, bytes]]) -> Message:
         """Return *message* as it leaves, unless the application's response is abandoned."""
@@ -346,7 +359,7 @@ class _Exchange:
         """Return *headers* with what the session adds: nothing, if it was not used."""
         change = self._visit.cookie
         if change is None:
-            return _varied(headers) if self._visit.session.accessed else headers
+            return _varied(headers) if self._session.accessed else headers
         cookie = self._rules.set_cookie(self._scope, change)
         name = cookie[: cookie.index(b"=") + 1]
         # One Set-Cookie of a name per response (RFC 6265bis §4.1.1).

@@ -86,7 +86,6 @@ class Session(dict[str, Any]):
     __slots__ = ("__weakref__", "_ops", "accessed", "lent", "marks", "written")
 
     def __init__(self, ops: SessionOps) -> None:
-        super().__init__()
         self._ops = ops
         #: Whether a handler looked at the session: the response varies by cookie then.
         self.accessed = False
@@ -253,9 +252,13 @@ class Session(dict[str, Any]):
         self.mark_accessed()
         return await self._ops.atomic(change)
 
+    # The three that handlers call most spare themselves what they can: `super` makes an object, up to Python 3.11.
+
     def __getitem__(self, key: str) -> Any:
-        self.mark_accessed()
-        return self._lend(super().__getitem__(key))
+        if not self.accessed:
+            self.mark_accessed()
+        value = dict.__getitem__(self, key)
+        return value if type(value) in CONSTANT else self._lend(value)
 
     def __contains__(self, key: object) -> bool:
         self.mark_accessed()
@@ -293,8 +296,10 @@ class Session(dict[str, Any]):
 
     def get(self, key: str, default: Any = None, /) -> Any:
         """Return the value of *key*, else *default*."""
-        self.mark_accessed()
-        return self._lend(super().get(key, default))
+        if not self.accessed:
+            self.mark_accessed()
+        value = dict.get(self, key, default)
+        return value if type(value) in CONSTANT else self._lend(value)
 
     def keys(self) -> KeysView[str]:  # type: ignore[override]
         """Return a view of the keys."""
@@ -328,7 +333,7 @@ class Session(dict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._before_write(key)
-        super().__setitem__(key, self._lend(value))
+        dict.__setitem__(self, key, value if type(value) in CONSTANT else self._lend(value))
 
     def __delitem__(self, key: str) -> None:
         self._before_write(key)
@@ -374,7 +379,8 @@ class Session(dict[str, Any]):
 
     def _before_write(self, *keys: str) -> None:
         """Refuse at once what would need a cookie that can no longer be sent."""
-        self.mark_accessed()
+        if not self.accessed:
+            self.mark_accessed()
         self.written = True
         if not self._ops.headers_sent:
             return
