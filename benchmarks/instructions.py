@@ -33,7 +33,7 @@ from sqlsessions import InMemoryBackend, SessionMiddleware
 from tests.servers import Unavailable
 
 #: The most that sqlsessions may add, as a multiple of what the cookie middleware adds.
-LIMITS: Mapping[Endpoint, float] = {"/read": 0.8, "/write": 0.72}
+LIMITS: Mapping[Endpoint, float] = {"/read": 0.74, "/write": 0.6}
 
 _CASES: tuple[tuple[str, Endpoint], ...] = (
     ("bare", "/none"),

@@ -8,7 +8,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from benchmarks.endpoints import KEY, application
-from sqlsessions import Backend, InMemoryBackend, SessionMiddleware, SQLAlchemyBackend, migrate
+from sqlsessions import Backend, InMemoryBackend, SessionMiddleware, SQLAlchemyBackend
 
 
 def in_memory(url: str) -> ASGIApp:  # noqa: ARG001 - all rows are made alike
@@ -17,19 +17,18 @@ def in_memory(url: str) -> ASGIApp:  # noqa: ARG001 - all rows are made alike
 
 
 def in_database(url: str) -> ASGIApp:
-    """Return the application with sessions in the database at *url*."""
-    return _in_database(url, SQLAlchemyBackend(url))
+    """Return the application with sessions in the database at *url*, which has been migrated."""
+    return _in_database(SQLAlchemyBackend(url))
 
 
 def unbatched(url: str) -> ASGIApp:
     """Return the same application with a statement of its own for each session."""
-    return _in_database(url, SQLAlchemyBackend(url, batch=False))
+    return _in_database(SQLAlchemyBackend(url, batch=False))
 
 
-def _in_database(url: str, backend: SQLAlchemyBackend) -> ASGIApp:
+def _in_database(backend: SQLAlchemyBackend) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:  # noqa: ARG001
-        await migrate.upgrade(url)
         yield
         await backend.aclose()
 

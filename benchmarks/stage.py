@@ -6,6 +6,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -90,7 +91,10 @@ class Stage:
     def url(self, row: Row) -> str:
         """Return the URL of what is *row*'s alone; raise Unavailable without the server."""
         if row.key not in self._urls:
-            self._urls[row.key] = self._new(row)
+            self._urls[row.key] = url = self._new(row)
+            if row.is_ours and url:
+                # Before the application starts, as everywhere: what serves requests has no use for Alembic.
+                subprocess.run([sys.executable, "-m", "sqlsessions", "migrate", "--url", url], check=True)
         return self._urls[row.key]
 
     def _new(self, row: Row) -> str:

@@ -44,10 +44,10 @@ def rounds(cells: dict[Cell, list[float]]) -> Results:
     return Results({cell: [sample(each) for each in found] for cell, found in cells.items()})
 
 
-async def test_in_process(sqlite_url: str, postgres_url: str) -> None:
+async def test_in_process(sqlite_sessions_url: str, postgres_sessions_url: str) -> None:
     """Every row keeps sessions, every cell has a sample, and the table of each endpoint every row."""
     results = Results()
-    urls = {"": "", "SQLite": sqlite_url, "PostgreSQL": postgres_url}
+    urls = {"": "", "SQLite": sqlite_sessions_url, "PostgreSQL": postgres_sessions_url}
     async with AsyncExitStack() as stack:
         applications = {row: row.application(urls[row.store]) for row in HERE}
         for row, app in applications.items():
