@@ -506,6 +506,18 @@ def test_a_key_in_the_place_of_another() -> None:
             assert decode(text) == changed
 
 
+@pytest.mark.parametrize("key", [5, None, type("Name", (str,), {})("a")], ids=repr)
+@pytest.mark.parametrize("left", [{"x": 1, "a": 1}, {"x": 1}], ids=str)
+def test_a_key_that_is_no_str_in_few_changes(key: Any, left: dict[str, Any]) -> None:
+    """A key that is not a str, or not quite, is refused in a change of one as well, whether or not it has a
+    predecessor (R95).
+    """
+    known = encode(left, LIMITS)
+    changed: dict[Any, Any] = {name: value for name, value in left.items() if name != "a"} | {key: 2}
+    with pytest.raises(InvalidData, match="keys must be str"):
+        encode(changed, LIMITS, known=known, stored=left, lent=False)
+
+
 def test_a_key_that_stands_there_twice() -> None:
     """Where others have written a key twice, of which the last counts, it is changed there as well."""
     for known in (

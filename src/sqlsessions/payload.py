@@ -28,7 +28,7 @@ def _decimal(number: float) -> str:
     return repr(number)
 
 
-#: How JSON spells what has no parts, by the exact type; and a key, which is a str and nothing else.
+#: How JSON spells what has no parts, by the exact type.
 _SPELLED: Mapping[type, Callable[[Any], str]] = {
     str: encode_basestring,
     int: int.__repr__,
@@ -36,7 +36,6 @@ _SPELLED: Mapping[type, Callable[[Any], str]] = {
     bool: {False: "false", True: "true"}.__getitem__,
     type(None): {None: "null"}.__getitem__,
 }
-_SPELLED_KEY: Mapping[type, Callable[[Any], str]] = {str: encode_basestring}
 #: More members than this take longer one by one than all together.
 _FEW = 8
 
@@ -109,7 +108,7 @@ def _patched(known: str, stored: dict[str, Any], data: dict[str, Any], limits: L
         return None
     place = alike.index(False) if others else len(alike)
     key, value = list(data.items())[place]
-    if type(value) is str and len(value) > limits.max_bytes:
+    if type(key) is not str or (type(value) is str and len(value) > limits.max_bytes):
         return None
     try:
         text = _with_member(known, key, value) if added else _with_value(known, list(stored.items()), place, key, value)
@@ -150,7 +149,7 @@ def _once(known: str, name: str) -> bool:
 def _members(items: list[tuple[str, Any]]) -> str | None:
     """Return the members of a JSON object, a comma behind each; None, which no text has, unless all are constants."""
     try:
-        return "".join([f"{_SPELLED_KEY[type(key)](key)}:{_SPELLED[type(value)](value)}," for key, value in items])
+        return "".join([f"{encode_basestring(key)}:{_SPELLED[type(value)](value)}," for key, value in items])
     except KeyError:
         return None
 
