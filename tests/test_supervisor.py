@@ -330,7 +330,7 @@ async def test_who_leaves_the_queue(*, given: bool) -> None:
         await gate.wait()
 
     for number in range(4):
-        runs.begin(partial(operation, number), overdue=lambda _: None)
+        runs.errand(partial(operation, number), overdue=lambda _: None).begin()
     (second,) = (lease for lease in runs._running if lease.begun == sorted(each.begun for each in runs._running)[1])
     gate.set()
     while given and len(runs._queue) == 3:

@@ -444,8 +444,7 @@ class Visit:
         # Past the methods of Session, in case somebody else went past them too.
         if not self._names_its_user or not dict.__eq__(session, stored):
             return False
-        key = manager.user_key
-        if key is not None and type(key) is not str and self._user_in(stored) != record.user_id:
+        if callable(manager.user_key) and self._user_in(stored) != record.user_id:
             return False
         return not (session.accessed and manager.timeouts.touch_due(record, manager.clock()))
 
@@ -468,10 +467,12 @@ class Visit:
         data = decode(record.data)
         key = self._manager.user_key
         if isinstance(key, str):
-            self._names_its_user = _named(data.get(key), record.user_id)
+            try:
+                self._names_its_user = principal(data.get(key)) == record.user_id
+            except InvalidData:
+                raise CorruptData("stored data holds what cannot be a user id") from None
         self.record, self._as_stored = record, data
-        if dict.__len__(session):
-            dict.clear(session)
+        dict.clear(session)
         dict.update(session, data)
         session.written = False
 
@@ -534,7 +535,7 @@ class Visit:
         key, stored = self._manager.user_key, self._as_stored
         if marks is not UNMARKED or stored is None or not self._names_its_user:
             return False
-        return key is None or (type(key) is str and data.get(key) is stored.get(key))
+        return key is None or (isinstance(key, str) and data.get(key) is stored.get(key))
 
     def _touch_due(self, session: Session, now: datetime) -> bool:
         """Tell whether the session's use is worth a write. A cookie of an old key is: it is re-issued if the touch
@@ -841,16 +842,6 @@ class Visit:
     def _emit(self, kind: EventKind, *, detail: str | None = None) -> None:
         session_id = self.record.id if self.record else self._credential.id if self._credential else None
         self._manager.emit(Event(kind, session_id, self.record.user_id if self.record else None, detail=detail))
-
-
-def _named(user: object, user_id: str | None) -> bool:
-    """Tell whether *user*, of stored data, is whom the row is bound to."""
-    if type(user) is int and str(user) == user_id:
-        return True
-    try:
-        return principal(user) == user_id
-    except InvalidData:
-        raise CorruptData("stored data holds what cannot be a user id") from None
 
 
 class _Draft(NamedTuple):

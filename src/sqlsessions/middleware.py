@@ -115,8 +115,7 @@ class SessionMiddleware:
         self._cookie = CookieSettings(
             cookie_name or "", cookie_https_only, cookie_same_site, cookie_domain, cookie_path, cookie_partitioned
         )
-        self._name = self._cookie.name
-        self._name_sent = self._name.encode()
+        self._cookie_name = self._cookie.name.encode()
         self._manager = SessionManager(
             backend=_forgetful() if backend is None else backend,
             signer=CookieSigner(
@@ -139,7 +138,7 @@ class SessionMiddleware:
         self._warned_of_http = False
 
     def __repr__(self) -> str:
-        return f"<SessionMiddleware {self._name!r} on {self._manager.backend!r}>"
+        return f"<SessionMiddleware {self._cookie.name!r} on {self._manager.backend!r}>"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, WebSocket or lifespan."""
@@ -147,12 +146,12 @@ class SessionMiddleware:
         if kind == "lifespan":
             await self.app(scope, receive, self._lifespan(send))
             return
-        if kind not in _SERVED or (visits and self._name in visits):
+        if kind not in _SERVED or (visits and self._cookie.name in visits):
             await self.app(scope, receive, send)
             return
         # The rest stands here and not in a coroutine of its own: each that waits is left and entered again.
         self._purger.start()
-        values = cookies.read(scope["headers"], self._name_sent)
+        values = cookies.read(scope["headers"], self._cookie_name)
         # Not of the scope, which will hold the visit: see `Visit.attach`.
         client = partial(_client, scope.get("client"), scope["headers"]) if self._record_client else _unknown
         visit, session = self._manager.open(values, client=client)
@@ -163,7 +162,7 @@ class SessionMiddleware:
             # Else not a copy: what is around this looks in its scope for the route that was found.
             scope = dict(scope)
         scope["session"] = session
-        scope[_VISITS] = {**visits, self._name: visit} if visits else {self._name: visit}
+        scope[_VISITS] = {**visits, self._cookie.name: visit} if visits else {self._cookie.name: visit}
         exchange = _Exchange(self._rules, visit, session, scope, receive=receive, send=send)
         try:
             await self.app(scope, receive, exchange.send)
@@ -254,8 +253,6 @@ class _Exchange:
     #: Nothing but an end is kept for a response that is a 5xx, or that never begins.
     _failed = True
     _failure: Exception | None = None
-    #: The application's.
-    _headers: Sequence[tuple[bytes, bytes]] = ()
 
     def __init__(
         self,
@@ -324,13 +321,9 @@ class _Exchange:
         """Return what has to be committed before *message* leaves."""
         refused = message["type"] == "websocket.close"
         self._failed = message.get("status", 403 if refused else 200) >= _SERVER_ERROR
-        if refused:  # a handshake, whose answer has no headers of ours
-            self._visit.headers_sent = True
-        self._headers = headers
-        return self._visit.owed(self._session, failed=self._failed, may_touch=self._may_touch)
-
-    def _may_touch(self) -> bool:
-        return not _shared(self._headers)
+        # A refused handshake has no headers of ours.
+        self._visit.headers_sent = refused
+        return self._visit.owed(self._session, failed=self._failed, may_touch=lambda: not _shared(headers))
 
     def _begin(self, message: Message, headers: list[tuple[bytes, bytes]]) -> Message:
         """Return *message* as it leaves, unless the application's response is abandoned."""

@@ -1,7 +1,7 @@
 """The stored row and the arithmetic of its expiry. No I/O, no clock of its own: every function is given the instant."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
@@ -121,15 +121,12 @@ class Timeouts:
     absolute: timedelta = timedelta(days=30)
     #: The idle timeout of sessions without a user, if they have one of their own.
     anonymous: timedelta | None = None
-    #: How soon a touch can be due for a session without an idle timeout of its own.
-    soonest: timedelta = field(init=False)
 
     def __post_init__(self) -> None:
         spans = {"idle_timeout": self.idle, "absolute_timeout": self.absolute, "anonymous_idle_timeout": self.anonymous}
         for name, value in spans.items():
             if value is not None and value < timedelta(seconds=1):
                 raise ConfigurationError(f"{name} must be a timedelta of at least one second, not {value!r}")
-        object.__setattr__(self, "soonest", min(_TOUCH, self.idle / 10, (self.anonymous or self.idle) / 10))
 
     def idle_of(self, record: Record) -> timedelta:
         """Return the idle timeout in force for *record*: its own, else the configured one."""
@@ -161,8 +158,6 @@ class Timeouts:
     def touch_due(self, record: Record, now: datetime) -> bool:
         """Tell whether enough time has passed for a use of *record* at *now* to be worth a write."""
         since = now - record.last_seen_at
-        if since < self.soonest and record.idle_timeout is None:
-            return False
         return since >= _TOUCH or since * 10 >= self.idle_of(record)
 
 

@@ -200,9 +200,7 @@ class Statements:
         self.insert = Write(inserted, inserted, inserted)
         self.replace = _forms(sa.update(table), dialect, _unchanged)
         #: Of the data and the version alone. What a statement sets is what it is first spelled with.
-        self.replace_data = _forms(
-            sa.update(table), dialect, _unchanged, _many(table) if dialect == "postgresql" else None
-        )
+        self.replace_data = _forms(sa.update(table), dialect, _unchanged, many=_many)
         self.touch = _forms(
             sa.update(table).values(
                 last_seen_at=sa.bindparam("seen", type_=UtcDateTime), expires_at=_later(columns.expires_at)
@@ -270,7 +268,8 @@ def _forms(
     statement: sa.Update | sa.Delete,
     dialect: str,
     condition: Callable[[sa.FromClause], sa.ColumnElement[bool]],
-    many: sa.Executable | None = None,
+    *,
+    many: Callable[[Any], sa.Executable] | None = None,
 ) -> Write:
     table = statement.table
     plain = _telling(statement.where(condition(table)), dialect)
@@ -283,7 +282,7 @@ def _forms(
         _telling(statement.where(_named(table), table.c.id == locked.scalar_subquery()), dialect)
         for locked in (free.with_for_update(skip_locked=True), free.with_for_update(nowait=True))
     )
-    return Write(plain, passing, prompt, many)
+    return Write(plain, passing, prompt, None if many is None else many(table))
 
 
 #: The parameters of `Statements.replace_data` of which `columns` makes those of its `many`.

@@ -86,6 +86,7 @@ class Session(dict[str, Any]):
     __slots__ = ("__weakref__", "_ops", "accessed", "lent", "marks", "written")
 
     def __init__(self, ops: SessionOps) -> None:
+        super().__init__()
         self._ops = ops
         #: Whether a handler looked at the session: the response varies by cookie then.
         self.accessed = False
@@ -252,13 +253,9 @@ class Session(dict[str, Any]):
         self.mark_accessed()
         return await self._ops.atomic(change)
 
-    # The three that handlers call most spare themselves what they can: `super` makes an object, up to Python 3.11.
-
     def __getitem__(self, key: str) -> Any:
-        if not self.accessed:
-            self.mark_accessed()
-        value = dict.__getitem__(self, key)
-        return value if type(value) in CONSTANT else self._lend(value)
+        self.mark_accessed()
+        return self._lend(super().__getitem__(key))
 
     def __contains__(self, key: object) -> bool:
         self.mark_accessed()
@@ -296,10 +293,8 @@ class Session(dict[str, Any]):
 
     def get(self, key: str, default: Any = None, /) -> Any:
         """Return the value of *key*, else *default*."""
-        if not self.accessed:
-            self.mark_accessed()
-        value = dict.get(self, key, default)
-        return value if type(value) in CONSTANT else self._lend(value)
+        self.mark_accessed()
+        return self._lend(super().get(key, default))
 
     def keys(self) -> KeysView[str]:  # type: ignore[override]
         """Return a view of the keys."""
@@ -333,7 +328,7 @@ class Session(dict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._before_write(key)
-        dict.__setitem__(self, key, value if type(value) in CONSTANT else self._lend(value))
+        super().__setitem__(key, self._lend(value))
 
     def __delitem__(self, key: str) -> None:
         self._before_write(key)
@@ -379,8 +374,7 @@ class Session(dict[str, Any]):
 
     def _before_write(self, *keys: str) -> None:
         """Refuse at once what would need a cookie that can no longer be sent."""
-        if not self.accessed:
-            self.mark_accessed()
+        self.mark_accessed()
         self.written = True
         if not self._ops.headers_sent:
             return

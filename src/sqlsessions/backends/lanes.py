@@ -10,9 +10,8 @@ then on one half is served by the application while the database serves the othe
 """
 
 import asyncio
-import types
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 from uuid import UUID
@@ -176,7 +175,7 @@ class Lane(Generic[W, R]):
         while self._gatherer is waiter and seen < len(self._waiting) < self._enough:
             seen = len(self._waiting)
             try:
-                await _turn()
+                await asyncio.sleep(0)
             except BaseException as error:
                 if self._gatherer is waiter:
                     self._gatherer = None
@@ -201,10 +200,7 @@ class Lane(Generic[W, R]):
     async def _take_off(self, waiter: _Waiter[W, R]) -> None:
         """Send what waits, in the task of *waiter*: for one that meets nobody, a task costs more than all the rest."""
         self._gatherer = None
-        flight = self._new_flight()
-        waiter.errand = self._supervisor.errand(
-            partial(self._fly, flight), overdue=partial(self._overdue, flight), ended=partial(self._landed, flight)
-        )
+        waiter.errand = self._new_flight()
         await waiter.errand
         waiter.errand = None
 
@@ -215,24 +211,23 @@ class Lane(Generic[W, R]):
         self._departing = True
         try:
             while self._waiting and self._prompt < self._flights and any(map(self._may_go, self._waiting)):
-                flight = self._new_flight()
-                self._supervisor.begin(
-                    partial(self._fly, flight),
-                    overdue=partial(self._overdue, flight),
-                    ended=partial(self._landed, flight),
-                )
+                self._new_flight().begin()
         finally:
             self._departing = False
 
-    def _new_flight(self) -> _Flight[W, R]:
+    def _new_flight(self) -> Errand:
+        """Return what takes a load: all that waits when there is a connection."""
         self._prompt += 1
-        return _Flight()
+        flight: _Flight[W, R] = _Flight()
+        return self._supervisor.errand(
+            partial(self._fly, flight), overdue=partial(self._overdue, flight), ended=partial(self._landed, flight)
+        )
 
     async def _fly(self, flight: _Flight[W, R], lease: Lease) -> None:
         flight.since = lease.begun = self._supervisor.loop.time()
         load = flight.load = self._take()
         if len(load) > 1:
-            self._hand_out(load, await self._sender.together(lease, [waiter.work for waiter in load]))
+            await self._together(load, lease)
         elif load:
             await self._alone(load[0], lease, waits=not (self._slow or self._wary))
         else:
@@ -254,6 +249,7 @@ class Lane(Generic[W, R]):
         return self._select()
 
     def _select(self) -> list[_Waiter[W, R]]:
+        """Return a load of what does not all go together: not too much, and no session twice."""
         load: list[_Waiter[W, R]] = []
         left: list[_Waiter[W, R]] = []
         room = MAX_SIZE
@@ -283,29 +279,20 @@ class Lane(Generic[W, R]):
         else:
             self._settle(waiter, outcome)
 
-    def _hand_out(self, load: list[_Waiter[W, R]], outcomes: Sequence[R | Exception]) -> None:
-        settled = 0
+    async def _together(self, load: list[_Waiter[W, R]], lease: Lease) -> None:
+        outcomes = await self._sender.together(lease, [waiter.work for waiter in load])
         for waiter, outcome in zip(load, outcomes, strict=True):
-            if isinstance(outcome, Exception):
-                if isinstance(outcome, Apart):
-                    self._part(waiter, lost=outcome.lost)
-                else:
-                    self._settle(waiter, outcome)
-            elif not waiter.over:
-                settled += 1
-                waiter.over, waiter.outcome = True, outcome
-                future = waiter.future
-                if future is not None and not future.done():  # it is waited for, and still is
-                    future.set_result(outcome)
-        self._supervisor.settled(settled)
-        self._forget()
+            if isinstance(outcome, Apart):
+                self._part(waiter, lost=outcome.lost)
+            else:
+                self._settle(waiter, outcome)
 
     def _part(self, waiter: _Waiter[W, R], *, lost: bool) -> None:
         """Have work done by itself that its load could not do."""
         if not waiter.over:
-            self._supervisor.begin(
+            self._supervisor.errand(
                 partial(self._alone, waiter, waits=False, lost=lost), overdue=lambda _: self._expire()
-            )
+            ).begin()
 
     def _retry(self, waiter: _Waiter[W, R]) -> None:
         self._expire()
@@ -329,8 +316,10 @@ class Lane(Generic[W, R]):
         if error is not None:
             for waiter in flight.load:
                 self._settle(waiter, error)
+        while self._open and self._open[0].over:
+            self._open.popleft()
         self._quiet = not self._waiting and len(flight.load) == 1
-        if self._aloft:
+        if not self._shared:
             self._aloft.difference_update([waiter.key for waiter in flight.load])
         if flight.slow:
             self._slow -= 1
@@ -348,18 +337,13 @@ class Lane(Generic[W, R]):
         if waiter.over:
             return
         waiter.over, waiter.outcome = True, outcome
-        future = waiter.future
-        if future is not None and not future.done():
-            if isinstance(outcome, BaseException):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
         self._supervisor.settled()
-        self._forget()
-
-    def _forget(self) -> None:
-        while self._open and self._open[0].over:
-            self._open.popleft()
+        if waiter.future is None or waiter.future.done():  # not waited for, or no more
+            return
+        if isinstance(outcome, BaseException):
+            waiter.future.set_exception(outcome)
+        else:
+            waiter.future.set_result(outcome)
 
     def _expire(self) -> None:
         """Answer those whose deadline has passed; what of their work is under way goes on."""
@@ -375,9 +359,3 @@ class Lane(Generic[W, R]):
                 self._settle(waiter, self._supervisor.late(counted=not for_one_row))
                 if waiter.errand is not None:
                     waiter.errand.leave()
-
-
-@types.coroutine
-def _turn() -> Generator[None, None, None]:
-    """Wait for one turn of the event loop, as ``asyncio.sleep(0)`` does."""
-    yield

@@ -6,7 +6,6 @@ import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 from uuid import UUID
 from weakref import WeakSet
@@ -128,22 +127,16 @@ class SQLAlchemyBackend(Revocation):
 
     def replace(self, record: Record, expected: Expected) -> Coroutine[Any, Any, bool]:
         """Store *record* if the row still matches *expected*: one UPDATE, of the data alone if nothing else is new."""
+        values = _unchanged(record.id, expected)
         old = expected.record
         if old is not None and record[_BEFORE] == old[_BEFORE] and record[_BEHIND] == old[_BEHIND]:
             write = self._statements.replace_data
-            values = {
-                "the_id": record.id,
-                "the_version": expected.version,
-                "the_secret_hash": expected.secret_hash,
-                "now": expected.now,
-                "data": record.data,
-                "version": record.version,
-            }
+            values["data"], values["version"] = record.data, record.version
         else:
             write = self._statements.replace
-            values = _unchanged(record.id, expected) | record._asdict()
+            values.update(record._asdict())
             del values["id"]
-        return self._write(write, record.id, values, partial(_replaced, record, expected))
+        return self._write(write, record.id, values, _replaced(record, expected))
 
     def touch(
         self,
@@ -552,14 +545,18 @@ def _inserted(record: Record) -> Done:
     return lambda row: True if row is not None and tuple(row) == (record.version, record.secret_hash) else None
 
 
-def _replaced(record: Record, expected: Expected, row: Any) -> bool | None:
-    """Tell whether *record* has replaced what was *expected*. Versions only grow."""
-    if row is None or row.version > record.version:
-        # Gone, or written over, perhaps on top of ours. Said to have missed, ours would be made a second time.
-        raise BackendUnavailable("the connection broke, and whether the record was written cannot be known")
-    if row.version == record.version:
-        return bool(row.secret_hash == record.secret_hash)
-    return None if row.version == expected.version else False
+def _replaced(record: Record, expected: Expected) -> Done:
+    """Return what tells whether *record* has replaced what was *expected*. Versions only grow."""
+
+    def done(row: Any) -> bool | None:
+        if row is None or row.version > record.version:
+            # Gone, or written over, perhaps on top of ours. Said to have missed, ours would be made a second time.
+            raise BackendUnavailable("the connection broke, and whether the record was written cannot be known")
+        if row.version == record.version:
+            return bool(row.secret_hash == record.secret_hash)
+        return None if row.version == expected.version else False
+
+    return done
 
 
 def _deleted(expected: Expected) -> Done:

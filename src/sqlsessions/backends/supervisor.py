@@ -48,6 +48,9 @@ class Lease:
         self.give_up = give_up
 
 
+def _unheard(_: BaseException | None) -> None: ...
+
+
 class _Errand(Errand):
     """An errand that tells of its end."""
 
@@ -78,25 +81,27 @@ class CircuitBreaker:
         self._threshold = threshold
         self._pause = pause
         self._clock = clock
-        self.timeouts = 0
+        self._timeouts = 0
         self._next_try = 0.0
 
     def check(self) -> None:
         """Raise `BackendUnavailable` while the circuit is open; the one call let through per pause is the probe."""
-        if self.timeouts < self._threshold:
+        if self._timeouts < self._threshold:
             return
         now = self._clock()
         if now < self._next_try:
-            raise BackendUnavailable(f"the database did not answer {self.timeouts} times in a row; not asked again yet")
+            raise BackendUnavailable(
+                f"the database did not answer {self._timeouts} times in a row; not asked again yet"
+            )
         self._next_try = now + self._pause
 
     def answered(self) -> None:
         """Close the circuit: the database said something, be it an error."""
-        self.timeouts = 0
+        self._timeouts = 0
 
     def timed_out(self) -> None:
         """Count a timeout; the last of *threshold* opens the circuit."""
-        self.timeouts += 1
+        self._timeouts += 1
         self._next_try = self._clock() + self._pause
 
 
@@ -123,15 +128,14 @@ class Supervisor:
 
     def accept(self) -> None:
         """Take on an operation that will be `settled`; raise `BackendUnavailable` when there is no use in trying."""
-        if self._breaker.timeouts:
-            self._breaker.check()
-        if self._abandoned and len(self._abandoned) >= self.slots:
+        self._breaker.check()
+        if len(self._abandoned) >= self.slots:
             raise BackendUnavailable("every connection waits for a database that does not answer")
         self._owed += 1
 
-    def settled(self, count: int = 1) -> None:
-        """Note that so many operations have their outcomes, whether or not anybody waits for them."""
-        self._owed -= count
+    def settled(self) -> None:
+        """Note that an operation has its outcome, whether or not anybody waits for it."""
+        self._owed -= 1
         if not self._owed and self._all_settled is not None:
             self._all_settled.set_result(None)
             self._all_settled = None
@@ -161,29 +165,18 @@ class Supervisor:
         # A future, and not the task: the caller's cancellation ends at it (R71, R72).
         return await outcome
 
-    def begin(
-        self,
-        operation: Callable[[Lease], Awaitable[None]],
-        *,
-        overdue: Callable[[float], None],
-        ended: Callable[[BaseException | None], None] | None = None,
-    ) -> None:
-        """Have *operation* under way, from now on until it waits, and then in a task that is nobody else's.
-
-        *overdue* is called with the event loop's time at every look at what is running, *ended* with the error or
-        None at the end.
-        """
-        self.errand(operation, overdue=overdue, ended=ended or _unheard).begin()
-
     def errand(
         self,
         operation: Callable[[Lease], Awaitable[None]],
         *,
         overdue: Callable[[float], None],
-        ended: Callable[[BaseException | None], None],
+        ended: Callable[[BaseException | None], None] = _unheard,
     ) -> Errand:
-        """Return what does *operation* when it is awaited, in its caller's task as long as that stays: for what nobody
-        else waits for, a task costs more than the rest.
+        """Return what does *operation*: in the task that awaits it, as long as that stays, since for what nobody else
+        waits for a task costs more than the rest; or, when it is begun, by itself.
+
+        *overdue* is called with the event loop's time at every look at what is running, *ended* with the error or
+        None at the end.
         """
         lease = Lease(self.loop.time(), overdue)
         errand = lease.task = _Errand(self._in_turn(operation, lease), self, lease, ended)
@@ -281,6 +274,3 @@ class Supervisor:
             outcome.set_exception(error)
         else:
             outcome.set_result(task.result())
-
-
-def _unheard(_: BaseException | None) -> None: ...
