@@ -531,6 +531,44 @@ def test_a_key_that_stands_there_twice() -> None:
         assert decode(encode(changed, LIMITS, known=known, stored=stored, lent=False)) == changed
 
 
+@pytest.mark.parametrize(
+    ("known", "key"),
+    [
+        ('{"x":1,":1,":1}', ":1,"),
+        ('{"x":1,":1,":1,"y":2}', ":1,"),
+        ('{"," : ":2,","a":"b",":":2,",y":1}', ","),
+        ('{"a":"b",",":1}', ","),
+        ('{"a":"n","m":["n"],"n":1}', "n"),
+        ('{"x":{"n":1},"n":1}', "n"),
+        ('{"n" :1,"x":"n"}', "n"),
+    ],
+)
+def test_a_key_that_looks_like_what_is_around_it(known: str, key: str) -> None:
+    """The text of a key is also found where one string ends and the next begins, in other values and in others' keys;
+    what is changed is the value of the key.
+    """
+    stored = decode(known)
+    changed = stored | {key: 7}
+    assert decode(encode(changed, LIMITS, known=known, stored=stored, lent=False)) == changed
+
+
+@pytest.mark.parametrize(("key", "value"), [("n", "\ud800"), ("\ud800", 1)])
+@pytest.mark.parametrize("known", ['{"n":1,"x":[]}', '{"x":[],"m":1}'])
+def test_a_lone_surrogate_in_few_changes(known: str, key: str, value: object) -> None:
+    """A key or value that is no text is refused in a change of one as well (R96)."""
+    stored = decode(known)
+    with pytest.raises(InvalidData, match="lone surrogate"):
+        encode(stored | {key: value}, LIMITS, known=known, stored=stored, lent=False)
+
+
+def test_a_key_of_something_else() -> None:
+    """A key that is set where another was deleted is not one that an inner object has."""
+    known = '{"x":{"b":1},"a":1}'
+    stored = decode(known)
+    changed = {"x": stored["x"], "b": 2}
+    assert decode(encode(changed, LIMITS, known=known, stored=stored, lent=False)) == changed
+
+
 def test_many_brackets() -> None:
     """Data of many lists and objects is deep only where they are within each other; so are brackets in a text."""
     wide = {"a": [{"b": []}] * 100, "c": "[{" * 100, "d": json.loads("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))}

@@ -36,8 +36,6 @@ _SPELLED: Mapping[type, Callable[[Any], str]] = {
     bool: {False: "false", True: "true"}.__getitem__,
     type(None): {None: "null"}.__getitem__,
 }
-#: More members than this take longer one by one than all together.
-_FEW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,61 +95,44 @@ def encode(
 
 
 def _patched(known: str, stored: dict[str, Any], data: dict[str, Any], limits: Limits) -> str | None:
-    """Return *data* as JSON text, by putting into *known*, which *stored* was decoded from, the one value that was set;
-    None unless it is one, a constant with nothing but constants on one side of it, and within *limits*.
+    """Return *data* as JSON text, by putting into *known*, which *stored* was decoded from, the one constant that was
+    set; None unless it is one, or where that is not certain to read the same, or not within *limits*.
     """
     alike = list(map(and_, map(is_, stored, data), map(is_, stored.values(), data.values())))
     others, added = alike.count(False), len(data) - len(stored)
-    if not (others or added):
-        return known
-    if not stored or (others, added) not in ((1, 0), (0, 1)):
-        return None
-    place = alike.index(False) if others else len(alike)
+    if others == 1 and not added:
+        place = alike.index(False)
+    elif added == 1 and not others and stored:
+        place = -1
+    else:
+        return None if others or added else known
     key, value = list(data.items())[place]
     if type(key) is not str or (type(value) is str and len(value) > limits.max_bytes):
         return None
     try:
-        text = _with_member(known, key, value) if added else _with_value(known, list(stored.items()), place, key, value)
+        name, becomes = encode_basestring(key), _SPELLED[type(value)](value)
+        if added:
+            text = f"{known[:-1]},{name}:{becomes}}}" if known.endswith("}") else None
+        else:
+            text = _with_value(known, name, becomes, was=_SPELLED[type(stored[key])](stored[key]))
         # As long as that is allowed; others may have filled *known* with spaces.
         return text if text is None or (_size(text) <= limits.max_bytes and len(data) <= limits.max_keys) else None
-    except (KeyError, ValueError):  # what is no constant, or nothing that JSON has
+    except (KeyError, ValueError):  # another key than was there, what is no constant, or what JSON or UTF-8 has not
         return None
 
 
-def _with_member(known: str, key: str, value: object) -> str | None:
-    """Return *known*, which has members, with one more."""
-    member = _members([(key, value)])
-    return f"{known[:-1]},{member[:-1]}}}" if known.endswith("}") and member is not None else None
-
-
-def _with_value(known: str, items: list[tuple[str, Any]], place: int, key: str, value: object) -> str | None:
-    """Return *known*, which *items* were decoded from, with another value for the *key* in that place."""
-    # If another key was there, it is not found in its place.
-    name, old = encode_basestring(key), items[place][1]
-    was, becomes = f"{_SPELLED[type(old)](old)},", f"{_SPELLED[type(value)](value)},"
-    if place < _FEW and place + 1 < len(items) and _once(known, name):
-        before = f"{{{_members(items[:place])}{name}:"
-        if known.startswith(was, len(before)) and known.startswith(before):
-            return f"{before}{becomes}{known[len(before) + len(was) :]}"
-    if place and len(items) - place <= _FEW:
-        behind = _members(items[place + 1 :])
-        end = f",{name}:{was}{behind}"[:-1] + "}"
-        if known.endswith(end):
-            return f"{known[: -len(end)]},{name}:{becomes}{behind}"[:-1] + "}"
+def _with_value(known: str, name: str, becomes: str, *, was: str) -> str | None:
+    """Return *known*, in which a key is spelled *name* and its value *was*, with another value."""
+    at = known.find(name)
+    # Where it stands once, and no key can be spelled otherwise, that is the key: it has to stand somewhere. Of two,
+    # which may share a quotation mark, one is a key of something else, or where one string ends and another begins.
+    if at < 0 or at != known.rfind(name) or ("\\" in known and ("\\u" in known or "\\/" in known)):
+        return None
+    colon = at + len(name)
+    behind = colon + 1 + len(was)
+    if known.startswith(was, colon + 1) and known[colon] == ":" and known[behind] in ",}":
+        return f"{known[: colon + 1]}{becomes}{known[behind:]}"
     return None
-
-
-def _once(known: str, name: str) -> bool:
-    """Tell whether a key stands in *known* once, and not again, spelled otherwise, further on: the last counts."""
-    return known.count(name) == 1 and not ("\\" in known and ("\\u" in known or "\\/" in known))
-
-
-def _members(items: list[tuple[str, Any]]) -> str | None:
-    """Return the members of a JSON object, a comma behind each; None, which no text has, unless all are constants."""
-    try:
-        return "".join([f"{encode_basestring(key)}:{_SPELLED[type(value)](value)}," for key, value in items])
-    except KeyError:
-        return None
 
 
 def _check_keys(data: Mapping[str, Any], limits: Limits) -> None:
@@ -187,11 +168,11 @@ def decode(text: object) -> dict[str, Any]:
     if not isinstance(text, str):
         raise CorruptData(f"stored data is {type(text).__name__}, not text")
     try:
-        data, end = _raw_decode(text) if text.startswith("{") else (None, 0)
+        # Only what `encode` did not write has anything before or behind it.
+        data, end = _scan(text, 0) if text.startswith("{") else (None, 0)
         if end != len(text):
-            # Only what `encode` did not write has anything before or behind it.
-            data = _decode(text)
-    except (ValueError, RecursionError):
+            data = _decoder.decode(text)
+    except (ValueError, RecursionError, StopIteration):
         # The cause would carry the document into a traceback.
         raise CorruptData("stored data is not valid JSON") from None
     if type(data) is not dict:
@@ -261,8 +242,9 @@ def _finite(literal: str) -> float:
     return number
 
 
-_decoder = json.JSONDecoder(parse_constant=_constant, parse_float=_finite)
-_decode, _raw_decode = _decoder.decode, _decoder.raw_decode
+_decoder: Any = json.JSONDecoder(parse_constant=_constant, parse_float=_finite)
+#: What the decoder's methods are made of: the value that begins at a place, and where it ends; or `StopIteration`.
+_scan = _decoder.scan_once
 
 
 def _too_large(limit: int, size: int | None = None) -> InvalidData:
