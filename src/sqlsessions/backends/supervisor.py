@@ -81,27 +81,26 @@ class CircuitBreaker:
         self._threshold = threshold
         self._pause = pause
         self._clock = clock
-        self._timeouts = 0
+        #: How many there were in a row.
+        self.timeouts = 0
         self._next_try = 0.0
 
     def check(self) -> None:
         """Raise `BackendUnavailable` while the circuit is open; the one call let through per pause is the probe."""
-        if self._timeouts < self._threshold:
+        if self.timeouts < self._threshold:
             return
         now = self._clock()
         if now < self._next_try:
-            raise BackendUnavailable(
-                f"the database did not answer {self._timeouts} times in a row; not asked again yet"
-            )
+            raise BackendUnavailable(f"the database did not answer {self.timeouts} times in a row; not asked again yet")
         self._next_try = now + self._pause
 
     def answered(self) -> None:
         """Close the circuit: the database said something, be it an error."""
-        self._timeouts = 0
+        self.timeouts = 0
 
     def timed_out(self) -> None:
         """Count a timeout; the last of *threshold* opens the circuit."""
-        self._timeouts += 1
+        self.timeouts += 1
         self._next_try = self._clock() + self._pause
 
 
@@ -128,10 +127,14 @@ class Supervisor:
 
     def accept(self) -> None:
         """Take on an operation that will be `settled`; raise `BackendUnavailable` when there is no use in trying."""
+        if self._breaker.timeouts or self._abandoned:
+            self._check()
+        self._owed += 1
+
+    def _check(self) -> None:
         self._breaker.check()
         if len(self._abandoned) >= self.slots:
             raise BackendUnavailable("every connection waits for a database that does not answer")
-        self._owed += 1
 
     def settled(self) -> None:
         """Note that an operation has its outcome, whether or not anybody waits for it."""
