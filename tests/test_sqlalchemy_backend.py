@@ -267,6 +267,16 @@ async def test_statements_sqlite(sqlite_sessions_url: str) -> None:
             await backend.delete_all()
 
 
+async def test_the_first_of_all_at_once(postgres_sessions_url: str) -> None:
+    """Operations that are asked for before any has begun share connections, and those are kept."""
+    async with closing(SQLAlchemyBackend(postgres_sessions_url)) as backend:
+        await asyncio.gather(*[backend.load(UUID(int=n), START) for n in range(2)])
+        kept = await pids(postgres_sessions_url)
+        assert len(kept) == 1
+        await backend.load(UUID(int=0), START)
+        assert await pids(postgres_sessions_url) == kept
+
+
 async def count_up(backend: SQLAlchemyBackend, record: Record, times: int) -> None:
     """Add one to the number that the record holds, *times* times, in parallel with others."""
     for _ in range(times):

@@ -218,7 +218,7 @@ class SQLAlchemyBackend(Revocation):
             await room.aclose()
 
     async def _run(self, operation: Callable[["_Turn"], Awaitable[T]]) -> T:
-        room = self._at_hand() or await self._opened()
+        room = await self._opened()
         try:
             return await room.supervisor.run(lambda lease: operation(_Turn(room.connections, lease)))
         except _SAID as error:
@@ -253,6 +253,8 @@ class SQLAlchemyBackend(Revocation):
 
     async def _opened(self) -> "_Room":
         loop = asyncio.get_running_loop()
+        if (room := self._rooms.get(loop)) is not None:  # by somebody who was asked for at the same moment
+            return room
         # By copies of the keys: loops in other threads come and go meanwhile.
         for other in list(self._rooms):
             if other.is_closed():
