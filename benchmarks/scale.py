@@ -52,7 +52,7 @@ CLIENTS = 8
 LIFE = 10
 
 ROWS, EXPIRED = 1_000_000, 500_000
-BATCH_SIZES = (1_000, 5_000, 10_000)
+BATCH_SIZES = (1_000, 2_000, 5_000)
 #: Readers that each rest between two reads: requests as they come, not as many as the machine can take.
 READERS, REST = 4, 0.005
 

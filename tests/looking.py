@@ -48,6 +48,13 @@ async def pids(url: str) -> set[int]:
     return {row.pid for row in rows}
 
 
+async def blocked(url: str, count: int = 1) -> None:
+    """Wait until so many statements wait for a lock."""
+    async with asyncio.timeout(PATIENCE):
+        while len(await sql(url, "SELECT 1 FROM pg_locks WHERE NOT granted")) < count:
+            await checkpoint()
+
+
 async def threads_ended() -> None:
     """Wait for aiosqlite's threads: after a failed connect one ends in its own time, and then tells the event loop."""
     for thread in threading.enumerate():

@@ -1,7 +1,8 @@
 """The purge: in batches, a minute late, at intervals that vary, and never ending at an error."""
 
+import asyncio
 import logging
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -34,6 +35,32 @@ async def test_batches(backend: InMemoryBackend | SQLAlchemyBackend) -> None:
     assert told == [2, 4, 5]
     # A minute is left for hosts whose clocks are behind.
     assert await purge(backend, clock=lambda: START + timedelta(microseconds=1)) == 1
+
+
+async def test_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each batch the database is left to others for as long as that took."""
+    now = 0.0
+    pauses: list[float] = []
+
+    class Slow(InMemoryBackend):
+        async def purge(self, before: datetime, limit: int) -> int:
+            nonlocal now
+            count = await super().purge(before, limit)
+            now += count
+            return count
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        pauses.append(seconds)
+        now += seconds
+
+    backend = Slow()
+    for _ in range(5):
+        await backend.insert(make_record(expires_at=START - MINUTE))
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+        assert await purge(backend, batch_size=2, clock=lambda: START, sleep=sleep) == 5
+    assert pauses == [2, 2, 1]
 
 
 async def test_intervals(caplog: pytest.LogCaptureFixture) -> None:

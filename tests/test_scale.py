@@ -139,16 +139,15 @@ async def test_users_sessions(explained: Explained) -> None:
 async def test_purge(explained: Explained, batch_size: int) -> None:
     """A purge finds the oldest in the order of the expiry index, deletes by the primary key, and sorts nothing."""
     assert await explained.backend.purge(NOW, batch_size) == batch_size
-    find, delete = explained.plans
-    assert find.steps == ["Aggregate", "Limit", "Index Scan web_sessions_expires_at"]
-    assert delete.steps[0] == "ModifyTable"
-    assert_by(delete, "web_sessions_pkey")
+    [plan] = explained.plans
+    assert plan.steps[:3] == ["ModifyTable", "Limit", "Index Scan web_sessions_expires_at"]
+    assert_by(Plan(plan.steps[3:], plan.buffers), "web_sessions_pkey")
 
 
 async def test_purge_of_nothing(explained: Explained) -> None:
     """A purge that finds nothing looks at the edge of the expiry index and is done."""
     [plan] = await explained.again(lambda backend: backend.purge(NOW - timedelta(days=365), MAX_BATCH_SIZE))
-    assert plan.steps == ["Aggregate", "Limit", "Index Scan web_sessions_expires_at"]
+    assert plan.steps[:3] == ["ModifyTable", "Limit", "Index Scan web_sessions_expires_at"]
     assert plan.buffers <= 3
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
@@ -218,8 +219,8 @@ OPERATIONS: dict[str, tuple[Callable[[SQLAlchemyBackend, Record], Awaitable[obje
     ),
     "delete": (lambda backend, record: backend.delete(record.id), ["DELETE"]),
     "delete expected": (lambda backend, record: backend.delete(record.id, expecting(record)), ["DELETE"]),
-    "purge": (lambda backend, record: backend.purge(record.expires_at, 10), ["SELECT", "DELETE"]),
-    "purge nothing": (lambda backend, record: backend.purge(START, 10), ["SELECT"]),
+    "purge": (lambda backend, record: backend.purge(record.expires_at, 10), ["DELETE"]),
+    "purge nothing": (lambda backend, record: backend.purge(START, 10), ["DELETE"]),
     "list_for_user": (lambda backend, record: backend.list_for_user("me", START), ["SELECT"]),
     "delete_for_user": (lambda backend, record: backend.delete_for_user("me"), ["DELETE"]),
     "delete_for_user keep": (lambda backend, record: backend.delete_for_user("me", keep=record.id), ["DELETE"]),
@@ -227,13 +228,13 @@ OPERATIONS: dict[str, tuple[Callable[[SQLAlchemyBackend, Record], Awaitable[obje
         lambda backend, record: backend.trim_for_user("me", 1, newest=record.id, now=START),
         ["DELETE"],
     ),
-    "delete_all": (lambda backend, record: backend.delete_all(), ["SELECT", "DELETE", "SELECT"]),
+    "delete_all": (lambda backend, record: backend.delete_all(), ["DELETE", "DELETE"]),
     "ping": (lambda backend, record: backend.ping(), ["SELECT"]),
 }
 
 
 async def test_statements_postgresql(postgres: PostgresServer, postgres_sessions_url: str) -> None:
-    """Each operation is one statement on the wire (a purge two), with no BEGIN, COMMIT or ROLLBACK around it (R60)."""
+    """Each operation is one statement on the wire, with no BEGIN, COMMIT or ROLLBACK around it (R60)."""
     engine = create_async_engine(postgres_sessions_url, connect_args={"server_settings": {"log_statement": "all"}})
     async with closing(SQLAlchemyBackend(engine, pool_size=1)) as backend:
         await backend.ping()
@@ -275,6 +276,25 @@ async def test_the_first_of_all_at_once(postgres_sessions_url: str) -> None:
         assert len(kept) == 1
         await backend.load(UUID(int=0), START)
         assert await pids(postgres_sessions_url) == kept
+
+
+async def test_a_purge_keeps_to_its_connection(postgres: PostgresServer, postgres_sessions_url: str) -> None:
+    """A purge and the requests between its batches go by different connections, each time the same: a server process
+    that was busy for long is given a processor late.
+    """
+    engine = create_async_engine(postgres_sessions_url, connect_args={"server_settings": {"log_statement": "all"}})
+    async with closing(SQLAlchemyBackend(engine)) as backend:
+        await asyncio.gather(backend.purge(START, 10), backend.load(UUID(int=0), START))
+        assert len(await pids(postgres_sessions_url)) == 2
+        before = len(postgres.log)
+        for _ in range(5):
+            await backend.purge(START, 10)
+            await backend.load(UUID(int=0), START)
+            await backend.load(UUID(int=1), START)
+        said = re.findall(r"\[(\d+)\] LOG:  .*: (DELETE|SELECT)", postgres.log[before:])
+    assert len(said) == 15
+    assert len(set(said)) == 2
+    assert len({pid for pid, _ in said}) == 2
 
 
 async def count_up(backend: SQLAlchemyBackend, record: Record, times: int) -> None:
@@ -368,8 +388,8 @@ async def test_plans(sessions_url: str) -> None:
         (by_key, await explain(lambda statements: statements.load_many, ids=[UUID(int=1), UUID(int=2)])),
         (by_key, await explain(lambda statements: statements.delete.plain, the_id=UUID(int=1))),
         (by_key, await explain(lambda statements: statements.delete.passing, the_id=UUID(int=1))),
-        (by_expiry, await explain(lambda statements: statements.expired, before=START, limit=1000)),
-        (by_key, await explain(lambda statements: statements.purge, before=START, ids=[UUID(int=1), UUID(int=2)])),
+        (by_expiry, await explain(lambda statements: statements.purge, before=START, limit=1000)),
+        (by_key, await explain(lambda statements: statements.purge, before=START, limit=1000)),
         (by_user, await explain(lambda statements: statements.list_for_user, the_user_id="user 3", now=START, limit=9)),
         (by_user, await explain(lambda statements: statements.delete_for_user, the_user_id="user 3")),
         (
@@ -481,7 +501,7 @@ async def test_missing_column(sessions_url: str) -> None:
 async def assert_read_only(backend: SQLAlchemyBackend, record: Record) -> None:
     """Assert that writes are refused, and reads are not."""
     for name, (operate, _) in OPERATIONS.items():
-        if name in {"load", "load absent", "list_for_user", "ping", "purge nothing"}:
+        if name in {"load", "load absent", "list_for_user", "ping"}:
             await operate(backend, record)
         else:
             await fails(operate(backend, record), BackendReadOnly, "accepts no writes")

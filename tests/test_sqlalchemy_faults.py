@@ -24,7 +24,7 @@ from sqlsessions.errors import BackendTimeout, BackendUnavailable, DuplicateId
 from sqlsessions.record import Record
 from sqlsessions.testing import EVER, MINUTE, START, expecting, following, make_record
 from tests.commands import run
-from tests.looking import PATIENCE, closing, everything, pids, recover, sql
+from tests.looking import PATIENCE, blocked, closing, everything, pids, recover, sql
 from tests.proxy import proxied
 from tests.servers import PgBouncer
 
@@ -354,19 +354,12 @@ async def test_late_insert(postgres_sessions_url: str) -> None:
         async with engine.begin() as connection:
             await connection.execute(sa.text("LOCK TABLE web_sessions IN SHARE MODE"))
             task = asyncio.create_task(backend.insert(record))
-            await waiting(postgres_sessions_url, 1)
+            await blocked(postgres_sessions_url, 1)
             proxy.cut()
-            await waiting(postgres_sessions_url, 2)
+            await blocked(postgres_sessions_url, 2)
         await task
         assert await backend.load(record.id, START) == record
     await engine.dispose()
-
-
-async def waiting(url: str, count: int) -> None:
-    """Wait until so many statements wait for a lock."""
-    async with asyncio.timeout(PATIENCE):
-        while len(await sql(url, "SELECT 1 FROM pg_locks WHERE NOT granted")) < count:
-            await checkpoint()
 
 
 # event loops and processes

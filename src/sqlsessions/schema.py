@@ -231,11 +231,10 @@ class Statements:
             .limit(sa.bindparam("limit", type_=sa.Integer))
         )
         self.trim_for_user = sa.delete(table).where(owner, live, columns.id.not_in(kept))
-        at_most = sa.bindparam("limit", type_=sa.Integer)
-        self.expired = _listed(dialect)(sa.select(columns.id).where(before).order_by(columns.expires_at).limit(at_most))
-        # The expiry is checked again by the statement that deletes: a session extended since it was selected survives
-        # (R86).
-        self.purge = sa.delete(table).where(several, before)
+        outdated = sa.select(columns.id).where(before).order_by(columns.expires_at)
+        outdated = outdated.limit(sa.bindparam("limit", type_=sa.Integer))
+        # The expiry is checked again: a session extended since it was selected survives (R86).
+        self.purge = sa.delete(table).where(_chosen(dialect, outdated)(columns.id), before)
         self.ping = sa.select(sa.literal(1))
         self.begin = sa.text("BEGIN IMMEDIATE" if dialect == "sqlite" else "BEGIN")
         self.commit = sa.text("COMMIT")
@@ -430,19 +429,18 @@ def _later(column: sa.ColumnElement[datetime]) -> sa.ColumnElement[datetime]:
     return sa.case((column < until, until), else_=column)
 
 
-def _listed(dialect: str) -> Callable[[sa.Select[tuple[UUID]]], sa.Select[Any]]:
-    """Return how *dialect* gives back ids that are only passed on: as one text (NULL for none), or as rows.
-
-    A thousand rows hold up the event loop, and with it every request, for several milliseconds; a text does not.
-    """
-    if dialect == "postgresql":
-        return lambda ids: sa.select(sa.func.string_agg(sa.cast(ids.subquery().c.id, sa.Text), ",").label("id"))
-    return lambda ids: ids
-
-
 def _member(dialect: str) -> Callable[[sa.ColumnElement[UUID]], sa.ColumnElement[bool]]:
     """Return how *dialect* says "is one of these ids": as one parameter, or as a list of any length."""
     if dialect == "postgresql":
         ids = sa.cast(_split("ids", _Joined), postgresql.ARRAY(sa.Uuid))
         return lambda column: column == sa.any_(ids)
     return lambda column: column.in_(sa.bindparam("ids", expanding=True, type_=sa.Uuid))
+
+
+def _chosen(dialect: str, ids: sa.Select[tuple[UUID]]) -> Callable[[sa.ColumnElement[UUID]], sa.ColumnElement[bool]]:
+    """Return how *dialect* says "is one of those that *ids* finds": by one look at them, however many there may be."""
+    if dialect == "postgresql":
+        # As an array, since PostgreSQL has no idea how many rows a parameter of LIMIT means, and might read the table.
+        return lambda column: column == sa.any_(sa.func.array(ids.scalar_subquery()))
+    # Within another one: MySQL and MariaDB refuse LIMIT in what IN looks at, and a table that is deleted from.
+    return lambda column: column.in_(sa.select(ids.subquery("outdated").c.id))

@@ -20,7 +20,7 @@ from sqlsessions.session import Session
 from sqlsessions.testing import make_record
 from tests.asgi import Answer
 from tests.faults.ways import DEADLINE, SLACK, Way
-from tests.looking import PATIENCE, closing, everything, pids, sql
+from tests.looking import PATIENCE, blocked, closing, everything, pids, sql
 from tests.staging import Browser, Do, Site, Staged
 
 pytestmark = pytest.mark.anyio
@@ -63,13 +63,6 @@ async def timed(browser: Browser, do: Do) -> tuple[Answer, float]:
     return answer, took
 
 
-async def stuck(url: str, count: int = 1) -> None:
-    """Wait until so many statements wait for a lock."""
-    async with asyncio.timeout(PATIENCE):
-        while len(await sql(url, "SELECT 1 FROM pg_locks WHERE NOT granted")) < count:
-            await checkpoint()
-
-
 def count(session: Session) -> None:
     """Change the session."""
     session["n"] = session.get("n", 0) + 1
@@ -103,7 +96,7 @@ async def test_a_row_that_is_locked(
     others = [await site.filled(n=0) for _ in range(30)]
     async with holding(postgres_sessions_url, locking(row)):
         waiting = [asyncio.create_task(timed(one, do)) for _ in range(requests)]
-        await stuck(postgres_sessions_url)
+        await blocked(postgres_sessions_url)
         assert (await site.browser().do(count)).status == 200
         assert not any(task.done() for task in waiting)
         took = []
@@ -128,7 +121,7 @@ async def test_a_row_that_is_unlocked_in_time(site: Site, postgres_sessions_url:
     row = (await site.record()).id
     async with holding(postgres_sessions_url, locking(row)):
         waiting = asyncio.create_task(timed(one, count))
-        await stuck(postgres_sessions_url)
+        await blocked(postgres_sessions_url)
         assert (await site.browser().do(count)).status == 200
     assert (await waiting)[0].status == 200
     assert (await one.data())["n"] == 1
@@ -248,7 +241,7 @@ async def test_a_deadlock(way: Way, postgres_sessions_url: str) -> None:
             postgres_sessions_url, f"SET deadlock_timeout TO '{PATIENCE}s'", locking(second.id)
         ) as connection:
             deleting = asyncio.create_task(backend.delete_for_user("somebody"))
-            await stuck(postgres_sessions_url)
+            await blocked(postgres_sessions_url)
             await connection.execute(sa.text(locking(first.id)))
         assert await deleting == 2
         await everything(backend)

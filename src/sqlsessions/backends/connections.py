@@ -10,7 +10,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC
@@ -393,36 +393,46 @@ class Connections:
         self._engine = _engine_like(model)
         self._recycle: float = model.pool._recycle  # noqa: SLF001 - what Pool.recreate() passes on; there is no public way
         self._statements = statements
-        self._idle: list[Connection] = []
+        self._idle: deque[Connection] = deque()
         self._texts: dict[sa.Executable, Spelled] = {}
 
-    def at_hand(self) -> Connection | None:
-        """Return a connection that is kept, for one to use at a time; None if there is none of use."""
-        if not (self._idle and self._idle[-1].usable(self._recycle)):
-            return None
-        return self._heard(self._idle.pop())
+    def at_hand(self, *, aside: bool = False) -> Connection | None:
+        """Return a connection that is kept, for one to use at a time; None if there is none of use.
 
-    async def take(self) -> Connection:
+        What keeps the server busy for long, as a purge does, goes *aside*: by the same connection each time and not by
+        one that requests have used just now. A server process that has had a processor for long gets the next one
+        late, which reads by it would wait for.
+        """
+        if not self._idle or not self._idle[0 if aside else -1].usable(self._recycle):
+            return None
+        return self._heard(self._taken_up(aside=aside))
+
+    async def take(self, *, aside: bool = False) -> Connection:
         """Return one, opened if need be."""
         while self._idle:
-            if (connection := self.at_hand()) is not None:
+            if (connection := self.at_hand(aside=aside)) is not None:
                 return connection
-            await self._idle.pop().close()
+            await self._taken_up(aside=aside).close()
         return self._heard(await self._open())
 
-    async def give(self, connection: Connection) -> None:
+    def _taken_up(self, *, aside: bool) -> Connection:
+        return self._idle.popleft() if aside else self._idle.pop()
+
+    async def give(self, connection: Connection, *, aside: bool = False) -> None:
         """Take *connection* back."""
-        if self.kept:
-            self._idle.append(connection)
-        else:
+        if not self.kept:
             await connection.close()
+        elif aside:
+            self._idle.appendleft(connection)
+        else:
+            self._idle.append(connection)
 
     async def discard(self, connection: Connection, *, others: bool = False) -> None:
         """Cut *connection*, and with *others* those that are kept, which lead to the same place."""
         discarded = [connection]
         if others:
             discarded += self._idle
-            self._idle = []
+            self._idle.clear()
         for each in discarded:
             each.terminate()
             await each.close()

@@ -157,8 +157,9 @@ class SQLAlchemyBackend(Revocation):
         return self._write(self._statements.delete_unchanged, id, _unchanged(id, expected), _deleted(expected))
 
     async def purge(self, before: datetime, limit: int) -> int:
-        """Delete one batch of expired rows, found by the expiry index and checked again by the DELETE."""
-        return await self._run(lambda turn: self._purge(turn, before, limit))
+        """Delete one batch of expired rows: one DELETE, which finds them by the expiry index and checks them again."""
+        parameters = {"before": before, "limit": limit}
+        return await self._run(lambda turn: turn.count(self._statements.purge, parameters))
 
     async def list_for_user(
         self, user_id: str | int, now: datetime | None = None, limit: int = 100
@@ -220,7 +221,7 @@ class SQLAlchemyBackend(Revocation):
     async def _run(self, operation: Callable[["_Turn"], Awaitable[T]]) -> T:
         room = await self._opened()
         try:
-            return await room.supervisor.run(lambda lease: operation(_Turn(room.connections, lease)))
+            return await room.supervisor.run(lambda lease: operation(_Turn(room.connections, lease, aside=True)))
         except _SAID as error:
             raise _meant(error) from None
 
@@ -265,13 +266,6 @@ class SQLAlchemyBackend(Revocation):
         room = self._rooms[loop] = _Room(connections, supervisor, self._statements, batch=self._batch)
         await room.open()
         return room
-
-    async def _purge(self, turn: "_Turn", before: datetime, limit: int) -> int:
-        found = await turn.rows(self._statements.expired, {"before": before, "limit": limit})
-        ids = [row.id for row in found if row.id is not None]
-        if not ids:
-            return 0
-        return await turn.count(self._statements.purge, {"ids": ids, "before": before})
 
 
 _BACKENDS: WeakSet[SQLAlchemyBackend] = WeakSet()
@@ -449,11 +443,12 @@ class _Writer:
 class _Turn:
     """One operation's use of connections, each for one statement or transaction."""
 
-    __slots__ = ("_connections", "_lease")
+    __slots__ = ("_aside", "_connections", "_lease")
 
-    def __init__(self, connections: Connections, lease: Lease) -> None:
+    def __init__(self, connections: Connections, lease: Lease, *, aside: bool = False) -> None:
         self._connections = connections
         self._lease = lease
+        self._aside = aside
 
     @property
     def abandoned(self) -> bool:
@@ -493,7 +488,8 @@ class _Turn:
         return await self._try(use)
 
     async def _try(self, use: Callable[[Connection], Awaitable[T]]) -> T:
-        connection = self._connections.at_hand() or await _connected(self._connections.take())
+        aside = self._aside
+        connection = self._connections.at_hand(aside=aside) or await _connected(self._connections.take(aside=aside))
         self._lease.terminate = connection.terminate
         try:
             result = await use(connection)
@@ -513,7 +509,7 @@ class _Turn:
         if self.abandoned:
             await self._connections.discard(connection)
         elif healthy:
-            await self._connections.give(connection)
+            await self._connections.give(connection, aside=self._aside)
         else:
             await self._connections.discard(connection, others=True)
 
