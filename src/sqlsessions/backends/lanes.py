@@ -11,7 +11,7 @@ then on one half is served by the application while the database serves the othe
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 from uuid import UUID
@@ -130,8 +130,6 @@ class Lane(Generic[W, R]):
         self._flights = flights
         self._shared = shared
         self._waiting: deque[_Waiter[W, R]] = deque()
-        #: All whose outcome is not known, in the order they came, which is that of their deadlines.
-        self._open: deque[_Waiter[W, R]] = deque()
         #: The sessions of all loads on their way, each in one; of a shared lane none.
         self._aloft: set[object] = set()
         #: Who will send all that comes in this turn of the event loop: one who waits, or a load that has landed.
@@ -152,7 +150,6 @@ class Lane(Generic[W, R]):
         # Of an id its number, hashed at a third of its price. What has none is no UUID, and the database will say so.
         key = None if self._shared else getattr(work.id, "int", work.id)
         waiter: _Waiter[W, R] = _Waiter(work, key, supervisor.loop.time() + supervisor.deadline)
-        self._open.append(waiter)
         self._waiting.append(waiter)
         if self._prompt < self._flights and key not in self._aloft:
             if self._quiet or len(self._waiting) >= self._enough:
@@ -291,18 +288,18 @@ class Lane(Generic[W, R]):
         """Have work done by itself that its load could not do."""
         if not waiter.over:
             self._supervisor.errand(
-                partial(self._alone, waiter, waits=False, lost=lost), overdue=lambda _: self._expire()
+                partial(self._alone, waiter, waits=False, lost=lost), overdue=lambda now: self._expire([waiter], now)
             ).begin()
 
     def _retry(self, waiter: _Waiter[W, R]) -> None:
-        self._expire()
+        self._expire([waiter], self._supervisor.loop.time())
         if not waiter.over:
             self._waiting.append(waiter)
             self._depart()
 
     def _overdue(self, flight: _Flight[W, R], now: float) -> None:
         """See to a flight that is still on its way: what waits does not wait for one that is slow."""
-        self._expire()
+        self._expire([*flight.load, *self._waiting], now)
         if flight.slow or flight.since is None or now - flight.since < PATIENCE:
             return
         flight.slow = self._wary = True
@@ -316,8 +313,6 @@ class Lane(Generic[W, R]):
         if error is not None:
             for waiter in flight.load:
                 self._settle(waiter, error)
-        while self._open and self._open[0].over:
-            self._open.popleft()
         self._quiet = not self._waiting and len(flight.load) == 1
         if not self._shared:
             self._aloft.difference_update([waiter.key for waiter in flight.load])
@@ -345,17 +340,16 @@ class Lane(Generic[W, R]):
         else:
             waiter.future.set_result(outcome)
 
-    def _expire(self) -> None:
+    def _expire(self, waiters: Iterable[_Waiter[W, R]], now: float) -> None:
         """Answer those whose deadline has passed; what of their work is under way goes on."""
-        now = self._supervisor.loop.time()
-        while self._open and (self._open[0].over or self._open[0].due <= now):
-            waiter = self._open.popleft()
-            if not waiter.over:
-                # What waits for one row, which may be locked, says nothing about the database.
-                waits = waiter in self._waiting
-                if waits:
-                    self._waiting.remove(waiter)
-                for_one_row = waiter.met_lock or (waits and not self._may_go(waiter))
-                self._settle(waiter, self._supervisor.late(counted=not for_one_row))
-                if waiter.errand is not None:
-                    waiter.errand.leave()
+        for waiter in waiters:
+            if waiter.over or waiter.due > now:
+                continue
+            # What waits for one row, which may be locked, says nothing about the database.
+            waits = waiter in self._waiting
+            if waits:
+                self._waiting.remove(waiter)
+            for_one_row = waiter.met_lock or (waits and not self._may_go(waiter))
+            self._settle(waiter, self._supervisor.late(counted=not for_one_row))
+            if waiter.errand is not None:
+                waiter.errand.leave()
