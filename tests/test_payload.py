@@ -555,7 +555,7 @@ def test_a_key_that_looks_like_what_is_around_it(known: str, key: str) -> None:
 @pytest.mark.parametrize(("key", "value"), [("n", "\ud800"), ("\ud800", 1)])
 @pytest.mark.parametrize("known", ['{"n":1,"x":[]}', '{"x":[],"m":1}'])
 def test_a_lone_surrogate_in_few_changes(known: str, key: str, value: object) -> None:
-    """A key or value that is no text is refused in a change of one as well (R96)."""
+    """A key or value that is no text is refused in a change of one as well (R90)."""
     stored = decode(known)
     with pytest.raises(InvalidData, match="lone surrogate"):
         encode(stored | {key: value}, LIMITS, known=known, stored=stored, lent=False)

@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum, auto
-from operator import is_
 from typing import Any, Literal, NamedTuple, assert_never
 from uuid import UUID
 from weakref import WeakValueDictionary, ref
@@ -228,8 +227,9 @@ class Visit:
     _commit: Commit | None = None
     #: Whether the row is bound to the user that its data names, by the settings of now.
     _names_its_user = True
-    #: The session's items when they were last the row's: the very objects.
+    #: The session's items when they were last the row's: the very objects; and how often it had been written then.
     _as_stored: dict[str, Any] | None = None
+    _written = 0
     #: The stored row, as last loaded or committed.
     record: Record | None = None
     #: Set by the middleware when a cookie can no longer be sent.
@@ -329,16 +329,20 @@ class Visit:
         if self._loaded and (self._failure is None or isinstance(self._failure, BackendTimeout)):
             return session
         self._failure = None
-        if self._credential is not None:
+        credential, refusal = self._credential, None
+        if credential is not None:
+            now = self._manager.clock()
             try:
-                refusal = await self._look(self._credential, session)
-                if refusal is not None:
-                    self._emit(refusal)
-                    # Not adopted: a client does not choose an id (R2).
-                    self._credential = None
+                refusal = self._take(await self._manager.backend.load(credential.id, now), credential, session, now)
+            except _CORRUPT:
+                refusal = "corrupt"
             except BackendError as error:
                 self._failure = error
                 self._emit("unavailable", detail=type(error).__name__)
+        if refusal is not None:
+            self._emit(refusal)
+            # Not adopted: a client does not choose an id (R2).
+            self._credential = None
         self._loaded = True
         return session
 
@@ -436,7 +440,7 @@ class Visit:
 
         So it is if no handler has set a key, or had hold of a value that can change.
         """
-        if session.written or session.lent or self._stale_key or session.marks is not UNMARKED:
+        if session.written != self._written or session.lent or self._stale_key or session.marks is not UNMARKED:
             return False
         record, stored, manager = self.record, self._as_stored, self._manager
         if record is None or stored is None:
@@ -453,14 +457,11 @@ class Visit:
         session = self.session
         dict.clear(session)
         dict.update(session, data)
-        session.written = True
+        session.written += 1
 
-    def _settle(self, session: Session, data: dict[str, Any]) -> None:
-        """Take *data* for what is stored: the session's items, if no handler has gone on changing them meanwhile."""
-        self._as_stored, self._names_its_user = data, True
-        session.written = not all(map(is_, dict.values(session), data.values())) or list(dict.keys(session)) != list(
-            data
-        )
+    def _settle(self, draft: "_Draft") -> None:
+        """Take what *draft* says for what is stored; a handler may have gone on meanwhile."""
+        self._as_stored, self._names_its_user, self._written = draft.data, True, draft.written
 
     def _fill(self, record: Record, session: Session) -> None:
         """Take *record* for what is stored, and its data for the session's."""
@@ -474,26 +475,20 @@ class Visit:
         self.record, self._as_stored = record, data
         dict.clear(session)
         dict.update(session, data)
-        session.written = False
+        self._written = session.written
 
-    async def _look(self, credential: Credential, session: Session) -> EventKind | None:
-        """Take the row as it is stored now for the session; return why it is not this visitor's, if it is not."""
-        now = self._manager.clock()
-        try:
-            record = await self._manager.backend.load(credential.id, now)
-            refusal = self._refusal(credential, record, now)
-            if refusal is None and record is not None:
-                self._fill(record, session)
-        except _CORRUPT:
-            return "corrupt"
-        return refusal
-
-    def _refusal(self, credential: Credential, record: Record | None, now: datetime) -> EventKind | None:
+    def _take(self, record: Record | None, credential: Credential, session: Session, now: datetime) -> EventKind | None:
+        """Take the row as it was loaded for the session; return why it is not this visitor's, if it is not. Raises one
+        of `_CORRUPT` for what nobody can read.
+        """
         if record is None:
             return "unknown"
         if not proves(credential, record.secret_hash):
             return "superseded"
-        return "expired" if self._manager.timeouts.expired(record, now) else None
+        if self._manager.timeouts.expired(record, now):
+            return "expired"
+        self._fill(record, session)
+        return None
 
     def _draft(self, session: Session, *, failed: bool, may_touch: Callable[[], bool]) -> "_Draft":
         """Return what would be written now, and the action owed."""
@@ -503,7 +498,7 @@ class Visit:
             text = encode(data, self._manager.limits, known=record.data, stored=self._as_stored, lent=session.lent)
             other = text != record.data
             action = _PLAIN[other, not other and self._touch_due(session, now) and may_touch()]
-            return _Draft(action, text, record.user_id, now, data, marks)
+            return _Draft(action, text, record.user_id, now, data, session.written, marks)
         quiet = failed or not (session.accessed or self._stale_key)
         user = None if quiet else self._user_of(data, marks)
         empty = user is None and not data
@@ -528,7 +523,7 @@ class Visit:
             touch_due=not changed and self._touch_due(session, now) and may_touch(),
         )
         action = Action.NOTHING if quiet and not failed else decide(facts)
-        return _Draft(action, text, user, now, data, marks)
+        return _Draft(action, text, user, now, data, session.written, marks)
 
     def _is_plain(self, data: Mapping[str, Any], marks: Marks) -> bool:
         """Tell whether *data* names the same user as the row, without asking whom, and nothing was asked for."""
@@ -585,17 +580,17 @@ class Visit:
             )
         match draft.action:
             case Action.UPDATE | Action.RENEW:
-                return self._replace(draft, session)
+                return self._replace(draft)
             case Action.NOTHING:
                 return self._do_nothing()
             case Action.TOUCH:
                 return self._touch(draft)
             case Action.INSERT:
-                return self._insert(draft, session)
+                return self._insert(draft)
             case Action.DELETE:
                 return self._delete()
             case Action.DELETE_THEN_INSERT:
-                return self._begin_anew(draft, session)
+                return self._begin_anew(draft)
             case Action.DELETE_UNCHANGED:
                 return self._delete(unchanged_at=draft.now)
             case Action.SWITCH_USER:
@@ -605,18 +600,19 @@ class Visit:
     async def _do_nothing(self) -> bool:
         return True
 
-    async def _begin_anew(self, draft: "_Draft", session: Session) -> bool:
+    async def _begin_anew(self, draft: "_Draft") -> bool:
         await self._delete()
-        return await self._insert(draft, session)
+        return await self._insert(draft)
 
     async def _switch_user(self, draft: "_Draft", session: Session) -> bool:
         ours = self._set_here()
         if not await self._delete(unchanged_at=draft.now):
             return False
         self._put(ours)
-        return await self._insert(draft._replace(data=ours, text=encode(ours, self._manager.limits)), session)
+        text = encode(ours, self._manager.limits)
+        return await self._insert(draft._replace(data=ours, text=text, written=session.written))
 
-    async def _insert(self, draft: "_Draft", session: Session) -> bool:
+    async def _insert(self, draft: "_Draft") -> bool:
         """Create the row under an id and a secret of our own making; a taken id is not overwritten but left for
         another (R5).
         """
@@ -644,7 +640,7 @@ class Visit:
             record = record._replace(id=credential.id)
             await manager.backend.insert(record)
         self._adopt(record, credential)
-        self._settle(session, draft.data)
+        self._settle(draft)
         self._gone = False
         self._emit("created")
         if draft.user is not None:
@@ -652,7 +648,7 @@ class Visit:
             await self._trim(record)
         return True
 
-    async def _replace(self, draft: "_Draft", session: Session) -> bool:
+    async def _replace(self, draft: "_Draft") -> bool:
         """Update the row, with a new secret if that is owed, if it still is the one that was read."""
         before, credential = self._standing()
         renewed = draft.action is Action.RENEW
@@ -661,7 +657,7 @@ class Visit:
         if not await self._manager.backend.replace(record, _expecting(before, draft.now)):
             return False
         self._adopt(record, fresh, told=renewed or self._to_be_told(before, record))
-        self._settle(session, draft.data)
+        self._settle(draft)
         if renewed:
             self._emit("renewed")
         if record.user_id != before.user_id:
@@ -771,8 +767,11 @@ class Visit:
         """Take the row as it is stored now for the session; raise `SessionGone` if it is no longer this visitor's, or
         nobody can read it.
         """
-        _, credential = self._standing()
-        refusal = await self._look(credential, self.session)
+        (_, credential), now = self._standing(), self._manager.clock()
+        try:
+            refusal = self._take(await self._manager.backend.load(credential.id, now), credential, self.session, now)
+        except _CORRUPT:
+            refusal = "corrupt"
         if refusal is None:
             return
         self._emit(refusal if refusal in ("superseded", "corrupt") else "gone")
@@ -789,8 +788,8 @@ class Visit:
         text = encode(result, self._manager.limits)
         if result:
             now, marks = self._manager.clock(), self.session.marks
-            draft = _Draft(Action.INSERT, text, self._user_in(result), now, decode(text), marks)
-            await self._insert(draft, self.session)
+            draft = _Draft(Action.INSERT, text, self._user_in(result), now, decode(text), self.session.written, marks)
+            await self._insert(draft)
         self._put(merge({}, result, pending))
         return result
 
@@ -816,7 +815,7 @@ class Visit:
             raise InvalidData("atomic() cannot change whose session it is: use login()")
         text = encode(result, self._manager.limits)
         if text != before.data:
-            draft = _Draft(Action.UPDATE, text, before.user_id, now, result, UNMARKED)
+            draft = _Draft(Action.UPDATE, text, before.user_id, now, result, self.session.written, UNMARKED)
             record = self._next(before, draft, before.secret_hash)
             if not await self._manager.backend.replace(record, _expecting(before, now)):
                 return None
@@ -851,8 +850,9 @@ class _Draft(NamedTuple):
     text: str
     user: str | None
     now: datetime
-    #: The items that *text* says.
+    #: The items that *text* says, and how often the session had been written then.
     data: dict[str, Any]
+    written: int
     #: What the handler had asked for when this was decided.
     marks: Marks
 

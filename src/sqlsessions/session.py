@@ -92,8 +92,8 @@ class Session(dict[str, Any]):
         self.accessed = False
         #: Whether a handler may hold a value that can change without the session noticing: a dict or a list.
         self.lent = False
-        #: Whether a handler set or deleted a key.
-        self.written = False
+        #: How often a handler set or deleted keys.
+        self.written = 0
         self.marks = UNMARKED
 
     def __repr__(self) -> str:
@@ -375,7 +375,7 @@ class Session(dict[str, Any]):
     def _before_write(self, *keys: str) -> None:
         """Refuse at once what would need a cookie that can no longer be sent."""
         self.mark_accessed()
-        self.written = True
+        self.written += 1
         if not self._ops.headers_sent:
             return
         if self._ops.record is None or self.marks.ended:
