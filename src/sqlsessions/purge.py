@@ -42,15 +42,16 @@ async def purge(
     before = clock() - CLOCK_TOLERANCE
     deleted = 0
     time = asyncio.get_running_loop().time
-    begun = time()
-    # A short batch is not the last one: a purge elsewhere may have taken some of the same ids. An empty one is.
-    while count := await backend.purge(before, batch_size):
+    while True:
+        begun = time()
+        count = await backend.purge(before, batch_size)
+        # A short batch is not the last one: a purge elsewhere may have taken some of the same ids. An empty one is.
+        if not count:
+            return deleted
         deleted += count
         if on_batch is not None:
             on_batch(deleted)
         await sleep(time() - begun)
-        begun = time()
-    return deleted
 
 
 async def purge_forever(

@@ -190,11 +190,10 @@ class Statements:
         this = _named(table)
         before = columns.expires_at <= sa.bindparam("before", type_=UtcDateTime)
         owner = columns.user_id == sa.bindparam("the_user_id", type_=sa.String(255))
-        several = _member(dialect)(columns.id)
 
         self.load = sa.select(*record).where(this, live)
         #: Without regard to their expiry: each is asked for at an instant of its own.
-        self.load_many = sa.select(*record).where(several)
+        self.load_many = sa.select(*record).where(_member(dialect, columns.id))
         self.reread = sa.select(columns.version, columns.secret_hash).where(this)
         inserted = _telling(sa.insert(table), dialect)
         self.insert = Write(inserted, inserted, inserted)
@@ -234,7 +233,7 @@ class Statements:
         outdated = sa.select(columns.id).where(before).order_by(columns.expires_at)
         outdated = outdated.limit(sa.bindparam("limit", type_=sa.Integer))
         # The expiry is checked again: a session extended since it was selected survives (R86).
-        self.purge = sa.delete(table).where(_chosen(dialect, outdated)(columns.id), before)
+        self.purge = sa.delete(table).where(_chosen(dialect, columns.id, outdated), before)
         self.ping = sa.select(sa.literal(1))
         self.begin = sa.text("BEGIN IMMEDIATE" if dialect == "sqlite" else "BEGIN")
         self.commit = sa.text("COMMIT")
@@ -429,18 +428,17 @@ def _later(column: sa.ColumnElement[datetime]) -> sa.ColumnElement[datetime]:
     return sa.case((column < until, until), else_=column)
 
 
-def _member(dialect: str) -> Callable[[sa.ColumnElement[UUID]], sa.ColumnElement[bool]]:
+def _member(dialect: str, column: sa.ColumnElement[UUID]) -> sa.ColumnElement[bool]:
     """Return how *dialect* says "is one of these ids": as one parameter, or as a list of any length."""
     if dialect == "postgresql":
-        ids = sa.cast(_split("ids", _Joined), postgresql.ARRAY(sa.Uuid))
-        return lambda column: column == sa.any_(ids)
-    return lambda column: column.in_(sa.bindparam("ids", expanding=True, type_=sa.Uuid))
+        return column == sa.any_(sa.cast(_split("ids", _Joined), postgresql.ARRAY(sa.Uuid)))
+    return column.in_(sa.bindparam("ids", expanding=True, type_=sa.Uuid))
 
 
-def _chosen(dialect: str, ids: sa.Select[tuple[UUID]]) -> Callable[[sa.ColumnElement[UUID]], sa.ColumnElement[bool]]:
+def _chosen(dialect: str, column: sa.ColumnElement[UUID], ids: sa.Select[tuple[UUID]]) -> sa.ColumnElement[bool]:
     """Return how *dialect* says "is one of those that *ids* finds": by one look at them, however many there may be."""
     if dialect == "postgresql":
         # As an array, since PostgreSQL has no idea how many rows a parameter of LIMIT means, and might read the table.
-        return lambda column: column == sa.any_(sa.func.array(ids.scalar_subquery()))
+        return column == sa.any_(sa.func.array(ids.scalar_subquery()))
     # Within another one: MySQL and MariaDB refuse LIMIT in what IN looks at, and a table that is deleted from.
-    return lambda column: column.in_(sa.select(ids.subquery("outdated").c.id))
+    return column.in_(sa.select(ids.subquery("outdated").c.id))

@@ -253,8 +253,7 @@ class SQLAlchemyBackend(Revocation):
         self._rooms = {}
 
     async def _opened(self) -> "_Room":
-        loop = asyncio.get_running_loop()
-        if (room := self._rooms.get(loop)) is not None:  # by somebody who was asked for at the same moment
+        if (room := self._at_hand()) is not None:  # by somebody who was asked for at the same moment
             return room
         # By copies of the keys: loops in other threads come and go meanwhile.
         for other in list(self._rooms):
@@ -263,7 +262,8 @@ class SQLAlchemyBackend(Revocation):
         kept = not any(other.connections.kept for other in list(self._rooms.values()))
         connections = Connections(self._model, self._statements, kept=kept)
         supervisor = Supervisor(slots=self._pool_size, deadline=self._deadline, breaker=CircuitBreaker())
-        room = self._rooms[loop] = _Room(connections, supervisor, self._statements, batch=self._batch)
+        room = _Room(connections, supervisor, self._statements, batch=self._batch)
+        self._rooms[asyncio.get_running_loop()] = room
         await room.open()
         return room
 
