@@ -135,19 +135,25 @@ async def test_users_sessions(explained: Explained) -> None:
         assert_by(plan, "web_sessions_user_id")
 
 
+#: How a purge finds the oldest; what is deleted comes behind it.
+FINDING = ["ModifyTable", "Limit", "Index Scan web_sessions_expires_at"]
+
+
 @pytest.mark.parametrize("batch_size", [1, 1_000, MAX_BATCH_SIZE])
 async def test_purge(explained: Explained, batch_size: int) -> None:
     """A purge finds the oldest in the order of the expiry index, deletes by the primary key, and sorts nothing."""
     assert await explained.backend.purge(NOW, batch_size) == batch_size
     [plan] = explained.plans
-    assert plan.steps[:3] == ["ModifyTable", "Limit", "Index Scan web_sessions_expires_at"]
+    assert plan.steps[:3] == FINDING
     assert_by(Plan(plan.steps[3:], plan.buffers), "web_sessions_pkey")
 
 
 async def test_purge_of_nothing(explained: Explained) -> None:
     """A purge that finds nothing looks at the edge of the expiry index and is done."""
     [plan] = await explained.again(lambda backend: backend.purge(NOW - timedelta(days=365), MAX_BATCH_SIZE))
-    assert plan.steps[:3] == ["ModifyTable", "Limit", "Index Scan web_sessions_expires_at"]
+    assert plan.steps[:3] == FINDING
+    # What would be deleted may be known by either, as the planner sees how few have expired.
+    assert plan.steps[3:] in (["Index Scan web_sessions_pkey"], ["Index Scan web_sessions_expires_at"])
     assert plan.buffers <= 3
 
 
