@@ -1,9 +1,10 @@
 """What the middleware does around a handler: load before it, commit after it.
 
-cookie values ── open ──▶ Visit        signature checked; a forged cookie ends here, before any SQL Visit ── load ──▶
-Session              one SELECT; not there, expired, superseded or corrupt: an anonymous session and an event handler
-reads and writes the dict, marks login(), renew(), revoke() Visit ── commit ──▶ CookieChange       `decide` names the
-one action owed; a compare-and-swap carries it out
+    cookie values ── open ──▶ Visit      the signature is checked; a forged cookie ends here, before any SQL
+    Visit ── load ──▶ Session            one SELECT; what is not there, has expired, was superseded or is corrupt makes
+                                         an anonymous session and an event
+    handler                              reads and writes the dict, marks login(), renew(), revoke()
+    Visit ── commit ──▶ CookieChange     `decide` names the one action owed; a compare-and-swap carries it out
 
 `decide` is the decision table: a pure function of what is known, with a test for every row.
 """

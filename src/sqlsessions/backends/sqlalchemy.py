@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 from uuid import UUID
 from weakref import WeakSet
@@ -136,7 +137,7 @@ class SQLAlchemyBackend(Revocation):
             write = self._statements.replace
             values.update(record._asdict())
             del values["id"]
-        return self._write(write, record.id, values, _replaced(record, expected))
+        return self._write(write, record.id, values, partial(_has_replaced, record, expected))
 
     def touch(
         self,
@@ -543,18 +544,14 @@ def _inserted(record: Record) -> Done:
     return lambda row: True if row is not None and tuple(row) == (record.version, record.secret_hash) else None
 
 
-def _replaced(record: Record, expected: Expected) -> Done:
-    """Return what tells whether *record* has replaced what was *expected*. Versions only grow."""
-
-    def done(row: Any) -> bool | None:
-        if row is None or row.version > record.version:
-            # Gone, or written over, perhaps on top of ours. Said to have missed, ours would be made a second time.
-            raise BackendUnavailable("the connection broke, and whether the record was written cannot be known")
-        if row.version == record.version:
-            return bool(row.secret_hash == record.secret_hash)
-        return None if row.version == expected.version else False
-
-    return done
+def _has_replaced(record: Record, expected: Expected, row: Any) -> bool | None:
+    """Tell by the *row* whether *record* has replaced what was *expected*. Versions only grow."""
+    if row is None or row.version > record.version:
+        # Gone, or written over, perhaps on top of ours. Said to have missed, ours would be made a second time.
+        raise BackendUnavailable("the connection broke, and whether the record was written cannot be known")
+    if row.version == record.version:
+        return bool(row.secret_hash == record.secret_hash)
+    return None if row.version == expected.version else False
 
 
 def _deleted(expected: Expected) -> Done:
