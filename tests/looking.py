@@ -121,3 +121,26 @@ async def everything(backend: SQLAlchemyBackend) -> None:
     assert await backend.purge(START, 10) == 0
     assert await backend.delete(record.id, expecting(changed))
     await backend.ping()
+
+
+@asynccontextmanager
+async def silent() -> AsyncIterator[str]:
+    """Run a server that accepts connections and never says a word; give its address."""
+    clients: list[asyncio.StreamWriter] = []
+    server = await asyncio.start_server(lambda _, writer: clients.append(writer), "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        for client in clients:
+            client.transport.abort()
+        server.close()
+        await server.wait_closed()
+
+
+def several(url: str, *before: str, **options: str) -> sa.URL:
+    """Return *url* with other hosts before its own."""
+    own = sa.make_url(url)
+    return sa.make_url(
+        f"postgresql+asyncpg://postgres@/{own.database}?"
+        + "&".join([f"host={host}" for host in [*before, f"{own.host}:{own.port}"]])
+    ).update_query_dict(options)

@@ -116,6 +116,16 @@ def test_no_url(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Non
         (["migrate", "--url", "nosql://somebody:geheim@host/x"], 2),
         (["migrate", "--url", "geheim"], 2),
         (["migrate", "--url", "sqlite:///x.db", "--table", "a b"], 2),
+        (["migrate", "--url", "postgresql://somebody:geheim@geheim@127.0.0.1:1/x"], 2),
+        (["migrate", "--url", "sqlite:///x.db", "--table", "postgresql://somebody:geheim@host/x"], 2),
+        (["downgrade", "--url", "sqlite:///x.db", "--yes", "postgresql://host/x?user=somebody&password=geheim"], 2),
+        (["migrate", "--url", "sqlite://"], 2),
+        (["migrate", "--url", "postgresql+psycopg2://somebody:geheim@127.0.0.1:1/x"], 2),
+        (["purge", "--url", "postgresql+psycopg2://somebody:geheim@127.0.0.1:1/x"], 2),
+        (["migrate", "--url", "postgresql://somebody:geheim@127.0.0.1:1/x?channel_binding=geheim"], 2),
+        (["purge", "--url", "postgresql://somebody:geheim@127.0.0.1:1/x?channel_binding=geheim"], 2),
+        (["migrate", "--check", "--url", "sqlite:///x.db"], 1),
+        (["purge", "--url", "sqlite:///x.db"], 1),
     ],
 )
 def test_errors(arguments: list[str], status: int, tmp_path: Path) -> None:
@@ -144,6 +154,15 @@ def test_misplaced_url(arguments: list[str], capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().err
     assert "://***@host/x" in said
     assert "geheim" not in said
+
+
+@pytest.mark.parametrize(("command", "said"), [("migrate", "cannot use {}: "), ("purge", "{}: no connection to ")])
+def test_which_database(command: str, said: str, tmp_path: Path) -> None:
+    """An error names the database: of several hosts, all."""
+    url = "postgresql://somebody:geheim@/x?host=127.0.0.1:1&host=127.0.0.1:2"
+    result = run("sqlsessions", command, cwd=tmp_path, SQLSESSIONS_URL=url)
+    assert result.returncode == 1
+    assert result.stderr.startswith("sqlsessions: " + said.format("postgresql+asyncpg://127.0.0.1:1,127.0.0.1:2/x"))
 
 
 def test_purge(sessions_url: str, tmp_path: Path) -> None:
@@ -216,8 +235,9 @@ def test_every_survives_errors(database_url: str) -> None:
     with running(database_url, "purge", "--every", "1s") as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stderr.readline().startswith(
-            "sqlsessions: purge failed (SchemaMissing: the session table is missing"
+        assert re.fullmatch(
+            r"sqlsessions: purge failed \(SchemaMissing: .*run .*'sqlsessions migrate'\); trying again in about .*\n",
+            process.stderr.readline(),
         )
         asyncio.run(migrate.upgrade(database_url))
         assert process.stdout.readline() == "web_sessions: 0 expired sessions deleted\n"

@@ -27,7 +27,7 @@ from sqlsessions.record import Expected, Record
 from sqlsessions.schema import sessions_table, version_table
 from tests.catalogue import catalogue, create_from_metadata, tables
 from tests.commands import ROOT, run
-from tests.looking import sql
+from tests.looking import several, silent, sql
 from tests.servers import PgBouncer
 
 pytestmark = pytest.mark.anyio
@@ -322,6 +322,14 @@ async def test_no_database(url: str, kind: type[Exception], said: str) -> None:
     assert "geheim" not in str(caught.value)
 
 
+async def test_a_host_that_hangs(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several hosts, one that accepts connections and says nothing does not hide the next."""
+    monkeypatch.setattr(migrate, "_PATIENCE", 1.5)
+    async with silent() as address:
+        await migrate.upgrade(several(postgres_url, address))
+    await migrate.check(postgres_url)
+
+
 async def test_refused_by_the_server(postgres_url: str) -> None:
     """A database that the server does not have is a `BackendUnavailable`, in the server's own words."""
     with pytest.raises(BackendUnavailable, match='/nowhere: database "nowhere" does not exist'):
@@ -536,11 +544,15 @@ def test_alembic_offline(url: str, checkout: Path) -> None:
         ("table=a b", "table 'a b' is not usable"),
         ("schema=auth", "there is no schema 'auth'"),
         ("tabel=logins", "-x tabel=… is unknown here"),
+        ("url=postgresql://somebody:geheim@127.0.0.1:1/x", "cannot use postgresql+asyncpg://127.0.0.1:1/x: "),
+        ("url=sqlite:////nowhere/x.db", "cannot use sqlite+aiosqlite:////nowhere/x.db: "),
+        ("url=postgresql+psycopg2://host/x", "there is no asynchronous driver for postgresql+psycopg2"),
     ],
 )
 def test_alembic_refuses(argument: str, said: str, checkout: Path) -> None:
     """What Alembic's command line cannot do here it says in one line, having done nothing."""
     result = run("alembic", "-x", argument, "upgrade", "head", cwd=checkout)
+    assert "geheim" not in result.stdout + result.stderr
     assert result.returncode != 0
     assert said in result.stdout + result.stderr
     assert "Traceback" not in result.stderr

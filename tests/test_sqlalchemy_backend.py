@@ -70,6 +70,29 @@ async def test_url_without_driver(sessions_url: str) -> None:
             await backend.ping()
 
 
+async def test_sslmode(postgres_sessions_url: str) -> None:
+    """What libpq calls sslmode, as the URLs of hosters do, is asyncpg's ssl."""
+    async with closing(SQLAlchemyBackend(f"{postgres_sessions_url}?sslmode=disable")) as backend:
+        await everything(backend)
+    async with closing(SQLAlchemyBackend(f"{postgres_sessions_url}?sslmode=require")) as backend:
+        await fails(backend.ping(), BackendUnavailable)  # the server has no certificate
+
+
+async def test_an_option_that_is_none(postgres_sessions_url: str) -> None:
+    """An option that the driver does not know is a mistake in the settings, and named; its value is not."""
+    async with closing(SQLAlchemyBackend(f"{postgres_sessions_url}?channel_binding={CANARY}")) as backend:
+        with pytest.raises(ConfigurationError, match="'channel_binding'") as caught:
+            await backend.ping()
+        assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["postgresql+psycopg2://host/x", "nosql://host/x"])
+def test_no_such_driver(url: str) -> None:
+    """A driver that is not there, or cannot be awaited, is refused at once, with those that can."""
+    with pytest.raises(ConfigurationError, match=r"use postgresql\+asyncpg:// or sqlite\+aiosqlite:///"):
+        SQLAlchemyBackend(url)
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -17,14 +16,14 @@ from typing import Any, NoReturn
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqlsessions import migrate
+from sqlsessions.backends.connections import new_engine
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
-from sqlsessions.errors import ConfigurationError, SessionError
+from sqlsessions.errors import BackendError, ConfigurationError, SchemaMissing, SessionError
 from sqlsessions.purge import BATCH_SIZE, MAX_BATCH_SIZE, purge, purge_forever
 from sqlsessions.record import utc_now
-from sqlsessions.schema import DEFAULT_TABLE, async_url, sessions_table
+from sqlsessions.schema import DEFAULT_TABLE, async_url, masked, missing_file, place, sessions_table
 
 EPILOG = """\
 The database is --url or, better, the environment variable SQLSESSIONS_URL:
@@ -35,6 +34,9 @@ exit status:
   1  the database could not be used, or did not allow it; with --check: behind
   2  the command line or a setting is wrong: nothing was done
 """
+
+#: Seconds that counting what a purge will delete may take.
+_COUNTING = 5
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -63,11 +65,7 @@ async def _run(options: argparse.Namespace) -> None:
     try:
         await options.run(options)
     finally:
-        # A SQLite file that cannot be opened leaves a thread of aiosqlite's that is about to tell the event loop:
-        # told a closed one, it would die with a traceback. asyncio's own threads are ended by asyncio.run.
-        for thread in threading.enumerate():
-            if thread is not threading.main_thread() and not thread.name.startswith("asyncio_"):
-                thread.join(timeout=1)
+        migrate.join_threads()
 
 
 async def run_migrate(options: argparse.Namespace) -> None:
@@ -94,12 +92,19 @@ async def run_downgrade(options: argparse.Namespace) -> None:
 
 async def run_purge(options: argparse.Namespace) -> None:
     """``sqlsessions purge``."""
-    backend = SQLAlchemyBackend(options.url, table=options.table, schema=options.schema)
+    url = async_url(options.url)
+    backend = SQLAlchemyBackend(url, table=options.table, schema=options.schema)
 
     async def once() -> None:
+        if missing_file(url):
+            raise SchemaMissing(
+                f"{place(url)}: there is no such file; if it is the right one, run 'sqlsessions migrate'"
+            )
         bar = Bar(options.table, await _expired(options) if sys.stderr.isatty() else None)
         try:
             deleted = await purge(backend, batch_size=options.batch_size, on_batch=bar.show)
+        except BackendError as error:
+            raise type(error)(f"{place(url)}: {error}") from error
         finally:
             bar.clear()
         print(
@@ -154,11 +159,11 @@ class Bar:
 async def _expired(options: argparse.Namespace) -> int | None:
     """Count the expired sessions, by one statement on the expiry index; None if that cannot be had quickly."""
     sessions = sessions_table(sa.MetaData(), options.table, options.schema)
-    engine = create_async_engine(async_url(options.url), poolclass=sa.NullPool)
+    engine = new_engine(async_url(options.url), deadline=_COUNTING, poolclass=sa.NullPool)
     counted = sa.select(sa.func.count()).select_from(sessions).where(sessions.c.expires_at <= utc_now())
     # What ails the database is for the purge to report.
     with suppress(SQLAlchemyError, OSError, TimeoutError):
-        async with asyncio.timeout(5), engine.connect() as connection:
+        async with asyncio.timeout(_COUNTING), engine.connect() as connection:
             return (await connection.execute(counted)).scalar_one()
     return None
 
@@ -196,7 +201,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the complaint and end with status 2."""
-        super().error(re.sub(r"://[^\s']*@", "://***@", message))
+        super().error(masked(message))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -218,7 +223,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--check", action="store_true", help="change nothing; fail if the table is behind")
 
-    command = _command(commands, "downgrade", run_downgrade, "take the session table back to a revision; drop it")
+    command = _command(
+        commands, "downgrade", run_downgrade, "take the session table back to an earlier revision, or drop it"
+    )
     command.add_argument(
         "revision",
         nargs="?",

@@ -6,8 +6,9 @@ process: that run may be the application's own.
 """
 
 import io
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from importlib import resources
 from typing import Any, TypeVar
 from zlib import crc32
@@ -22,8 +23,9 @@ from alembic.runtime.migration import MigrationStep, RevisionStep
 from alembic.script import Script, ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from sqlsessions.backends.connections import connected, new_engine
 from sqlsessions.errors import (
     BackendError,
     BackendReadOnly,
@@ -33,9 +35,22 @@ from sqlsessions.errors import (
     SchemaMissing,
     SessionError,
 )
-from sqlsessions.schema import DEFAULT_TABLE, async_url, checked_name, sessions_table, version_table
+from sqlsessions.schema import (
+    DEFAULT_TABLE,
+    async_url,
+    checked_name,
+    in_memory,
+    masked,
+    missing_file,
+    place,
+    sessions_table,
+    version_table,
+)
 
 T = TypeVar("T")
+
+#: Seconds that several hosts share until one of them has let us in.
+_PATIENCE = 30
 
 #: Where to migrate: a URL, an engine, or a connection. In a transaction begun on the connection, everything
 #: happens in that one.
@@ -64,6 +79,8 @@ async def downgrade(
 async def current(target: Target, *, table: str = DEFAULT_TABLE, schema: str | None = None) -> str | None:
     """Return the revision that the session table is at, or None if it was never migrated. Only reads."""
     chain = Chain(table, schema)
+    if isinstance(target, (str, sa.URL)) and missing_file(async_url(target)):
+        return None
     return await _run(target, chain.current, table)
 
 
@@ -73,7 +90,7 @@ async def check(target: Target, *, table: str = DEFAULT_TABLE, schema: str | Non
     A table that a later release has migrated is not behind: during a rolling deploy both releases use it.
     """
     chain = Chain(table, schema)
-    applied = await _run(target, chain.current, table)
+    applied = await current(target, table=table, schema=schema)
     if applied is None or applied in chain.revisions[:-1]:
         raise SchemaMissing(
             f"table {table} is at {applied or 'no revision'}, the newest is {chain.revisions[-1]}: "
@@ -90,7 +107,7 @@ def sql(database: str | sa.URL, *, table: str = DEFAULT_TABLE, schema: str | Non
     output = io.StringIO()
     offline = {"as_sql": True, "literal_binds": True, "output_buffer": output, "fn": lambda *_: chain.up(0)}
     url = async_url(f"{database}://" if isinstance(database, str) and ":" not in database else database)
-    chain.run(MigrationContext.configure(dialect=_new_engine(url).dialect, opts={**chain.options, **offline}))
+    chain.run(MigrationContext.configure(dialect=_engine(url).dialect, opts={**chain.options, **offline}))
     return output.getvalue()
 
 
@@ -170,7 +187,8 @@ class Chain:
     def position(self, revision: str) -> int:
         """Return how many revisions are applied when *revision* is the last."""
         if revision not in self.revisions:
-            raise ConfigurationError(f"there is no revision {revision!r:.80}, only {', '.join(self.revisions)}")
+            known = ", ".join(self.revisions)
+            raise ConfigurationError(f"there is no revision {masked(repr(revision)):.80}, only {known}")
         return self.revisions.index(revision) + 1
 
     def module(self, revision: str) -> Any:
@@ -276,16 +294,24 @@ def _is_in_transaction(connection: sa.Connection) -> bool:
 async def _run(target: Target, work: Callable[[sa.Connection], T], table: str) -> T:
     """Return what *work* does on a connection to *target*; every failure of the database is a typed error."""
     url = async_url(target) if isinstance(target, (str, sa.URL)) else target.engine.url
-    try:
+    with reported(url, table):
         async with _connection(target) as connection:
-            return await connection.run_sync(work)
+            try:
+                return await connection.run_sync(work)
+            except CommandError as error:
+                raise BackendError(f"{place(url)}: {error}") from error
+
+
+@contextmanager
+def reported(url: sa.URL, table: str) -> Generator[None, None, None]:
+    """Raise what the database at *url* refuses in the block as one of our errors, which says what to do."""
+    try:
+        yield
     except DBAPIError as error:
-        raise _typed(error, table, _place(url)) from error
-    except CommandError as error:
-        raise BackendError(f"{_place(url)}: {error}") from error
+        raise _typed(error, table, place(url)) from error
     # While connecting, SQLAlchemy 2.0 passes asyncpg's own errors on.
     except (SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        raise BackendUnavailable(f"cannot use {_place(url)}: {_said(error)}") from error
+        raise BackendUnavailable(f"cannot use {place(url)}: {_said(error)}") from error
 
 
 @asynccontextmanager
@@ -302,24 +328,33 @@ async def _connection(target: Target) -> AsyncGenerator[AsyncConnection, None]:
                 await connection.execution_options(isolation_level="READ COMMITTED")
             yield connection
     else:
-        engine = _new_engine(async_url(target))
-        try:
-            async with engine.connect() as connection:
-                yield connection
-        finally:
-            await engine.dispose()
+        async with opened(async_url(target)) as connection:
+            yield connection
 
 
-def _new_engine(url: sa.URL) -> AsyncEngine:
-    try:
-        return create_async_engine(url, poolclass=sa.NullPool)
-    except (SQLAlchemyError, ImportError, TypeError) as error:
-        raise ConfigurationError(f"there is no asynchronous driver for {url.drivername}: {_said(error)}") from error
+@asynccontextmanager
+async def opened(url: sa.URL) -> AsyncGenerator[AsyncConnection, None]:
+    """Yield a connection to *url* of our own."""
+    if in_memory(url):
+        raise ConfigurationError(
+            "an in-memory SQLite is gone with its connection: name a file, sqlite+aiosqlite:///sessions.db"
+        )
+    async with aclosing(await connected(_engine(url))) as connection:
+        yield connection
 
 
-def _place(url: sa.URL) -> str:
-    """Name a database in a message: without user, password and options, which may hold a password too."""
-    return sa.URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
+def join_threads() -> None:
+    """Wait for what is left of SQLite, before the event loop is closed: a file that cannot be opened leaves a thread of
+    aiosqlite's that is about to tell the event loop. Told a closed one, it would die with a traceback.
+    """
+    for thread in threading.enumerate():
+        # asyncio's own threads are ended by asyncio.run.
+        if thread is not threading.main_thread() and not thread.name.startswith("asyncio_"):
+            thread.join(timeout=1)
+
+
+def _engine(url: sa.URL) -> AsyncEngine:
+    return new_engine(url, deadline=_PATIENCE, poolclass=sa.NullPool)
 
 
 def _said(error: BaseException) -> str:
@@ -334,7 +369,8 @@ def _typed(error: DBAPIError, table: str, place: str) -> SessionError:
     if state == "42P07" or "already exists" in said or "already a table" in said:
         return ConfigurationError(
             f"{place}: {said}, and not from these migrations, since {version_table(table)} does not know it: "
-            "rename or drop it, or name another table"
+            "rename or drop it, or name another table; if a migration of your application's made it (migrate.apply), "
+            "it is that one's to keep up to date"
         )
     if state == "42501":
         return BackendError(

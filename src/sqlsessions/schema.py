@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -95,7 +96,7 @@ def checked_name(name: str, what: str) -> str:
     """Return *name* if it may name a table or schema; raise `ConfigurationError` otherwise (CVE-2019-15658)."""
     if not _NAME.fullmatch(name):
         raise ConfigurationError(
-            f"{what} {name!r:.80} is not usable: "
+            f"{what} {masked(repr(name)):.80} is not usable: "
             "at most 43 lower-case letters, digits and underscores, not starting with a digit"
         )
     return name
@@ -116,8 +117,39 @@ def async_url(url: str | sa.URL) -> sa.URL:
         raise ConfigurationError(
             "the database URL cannot be read; it looks like postgresql+asyncpg://user:password@host/database or sqlite+aiosqlite:///file.db"
         ) from None
+    if "@" in (url.host or ""):
+        raise ConfigurationError("the database URL has one @ too many: in a user name or a password it is written %40")
     driver = {"postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg", "sqlite": "sqlite+aiosqlite"}
-    return url.set(drivername=driver.get(url.drivername, url.drivername))
+    url = url.set(drivername=driver.get(url.drivername, url.drivername))
+    if url.drivername == "postgresql+asyncpg" and "sslmode" in url.query and "ssl" not in url.query:
+        # Of the same values, and in the URLs that hosters hand out.
+        return url.update_query_dict({"ssl": url.query["sslmode"]}).difference_update_query(["sslmode"])
+    return url
+
+
+def place(url: sa.URL) -> str:
+    """Name a database in a message: without user, password and options, which may hold a password too."""
+    several = url.query.get("host", ())
+    hosts = url.host or ",".join([several] if isinstance(several, str) else several)
+    shown = sa.URL.create(url.drivername, host="hosts" if hosts else None, port=url.port, database=url.database)
+    return shown.render_as_string().replace("//hosts", f"//{hosts}", 1)
+
+
+def masked(text: str) -> str:
+    """Return *text*, in which there may be a URL where none should be, without the passwords of it."""
+    return re.sub(r"(://)[^\s'\"]*(@)|(password=)[^\s&'\"]*", r"\1\3***\2", text)
+
+
+def in_memory(url: sa.URL) -> bool:
+    """Tell whether *url* is an SQLite database that lasts no longer than its connection."""
+    database = url.database or ":memory:"
+    return url.get_backend_name() == "sqlite" and (":memory:" in database or url.query.get("mode") == "memory")
+
+
+def missing_file(url: sa.URL) -> bool:
+    """Tell whether *url* is an SQLite file that is not there; connecting would make an empty one."""
+    named = url.get_backend_name() == "sqlite" and not in_memory(url) and "uri" not in url.query
+    return named and url.database is not None and not Path(url.database).exists()
 
 
 def sessions_table(metadata: sa.MetaData, name: str = DEFAULT_TABLE, schema: str | None = None) -> sa.Table:

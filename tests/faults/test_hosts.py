@@ -1,45 +1,18 @@
 """A URL that names several servers: which of them is used, and how long the others may take to say nothing."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import pytest
-import sqlalchemy as sa
 
 from sqlsessions.errors import BackendUnavailable
 from tests.faults.ways import SLACK, Way
-from tests.looking import closing, everything
+from tests.looking import closing, everything, several, silent
 
 pytestmark = pytest.mark.anyio
 
 #: Shares of it are long enough for a busy machine to connect in.
 DEADLINE = timedelta(seconds=1.5)
-
-
-@asynccontextmanager
-async def silent() -> AsyncIterator[str]:
-    """Run a server that accepts connections and never says a word; give its address."""
-    clients: list[asyncio.StreamWriter] = []
-    server = await asyncio.start_server(lambda _, writer: clients.append(writer), "127.0.0.1", 0)
-    try:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        for client in clients:
-            client.transport.abort()
-        server.close()
-        await server.wait_closed()
-
-
-def several(url: str, *before: str, **options: str) -> sa.URL:
-    """Return *url* with other hosts before its own."""
-    own = sa.make_url(url)
-    return sa.make_url(
-        f"postgresql+asyncpg://postgres@/{own.database}?"
-        + "&".join([f"host={host}" for host in [*before, f"{own.host}:{own.port}"]])
-    ).update_query_dict(options)
 
 
 @pytest.mark.parametrize("hosts", ["silent", "refused", "silent refused", "silent silent"])

@@ -21,14 +21,15 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Dialect, Engine
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
+from sqlsessions.backends.hosts import connector
 from sqlsessions.backends.lanes import Apart
-from sqlsessions.errors import CorruptData
+from sqlsessions.errors import ConfigurationError, CorruptData
 from sqlsessions.record import Record
-from sqlsessions.schema import Spelled, Statements, Write, columns
+from sqlsessions.schema import Spelled, Statements, Write, columns, place
 
 #: `Record._make`, but for its look at the length, which is the statement's.
 _record: Callable[[Any], Record] = partial(tuple.__new__, Record)
@@ -455,7 +456,7 @@ class Connections:
         return opening.result()
 
     async def _connect(self) -> Connection:
-        opened = await self._engine.connect()
+        opened = await connected(self._engine)
         if opened.sync_connection is not None:
             # Ours alone: of one that is lost together with its event loop, a pool would complain.
             opened.sync_connection.detach()
@@ -499,6 +500,31 @@ def _way(dialect: Dialect, adapter: Any, driver: Any) -> type[Asyncpg] | type[Ai
     name = getattr(adapter, "_prepared_statement_name_func", None)
     cached = getattr(adapter, "_prepared_statement_cache", None) is not None
     return Asyncpg if cached and name is not None and name() is None else None
+
+
+def new_engine(url: sa.URL, *, deadline: float, **options: Any) -> AsyncEngine:
+    """Return an engine on *url*, of whose hosts, if they are several, one that hangs does not hide the next.
+
+    Raises `ConfigurationError` if there is no driver for it that can be awaited.
+    """
+    several = {"async_creator_fn": connector(deadline)} if url.drivername == "postgresql+asyncpg" else {}
+    try:
+        return create_async_engine(url, connect_args=several, **options)
+    except (SQLAlchemyError, ImportError, TypeError) as error:
+        raise ConfigurationError(
+            f"there is no asynchronous driver for {url.drivername} ({type(error).__name__}): "
+            "use postgresql+asyncpg:// or sqlite+aiosqlite:///"
+        ) from error
+
+
+async def connected(engine: AsyncEngine) -> AsyncConnection:
+    """Return a connection. Raises `ConfigurationError` for an option that the driver does not know."""
+    try:
+        return await engine.connect()
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{place(engine.url)}: the driver does not take an option of the URL, or of connect_args: {error}"
+        ) from error
 
 
 def _engine_like(model: Engine) -> AsyncEngine:

@@ -14,7 +14,7 @@ from weakref import WeakSet
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import StaticPool
 
 from sqlsessions.backends.base import Backend, Revocation, owner
@@ -25,9 +25,9 @@ from sqlsessions.backends.connections import (
     Connections,
     Fault,
     Parameters,
+    new_engine,
     silence,
 )
-from sqlsessions.backends.hosts import connector
 from sqlsessions.backends.lanes import ENOUGH, MAX_LOAD, Apart, Held, Lane
 from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import (
@@ -41,7 +41,7 @@ from sqlsessions.errors import (
     SchemaMissing,
 )
 from sqlsessions.record import Expected, Record, utc_now
-from sqlsessions.schema import DEFAULT_TABLE, Statements, Write, async_url, sessions_table
+from sqlsessions.schema import DEFAULT_TABLE, Statements, Write, async_url, in_memory, sessions_table
 
 T = TypeVar("T")
 
@@ -518,16 +518,11 @@ class _Turn:
 def _model_engine(engine: str | sa.URL | AsyncEngine, deadline: float) -> Engine:
     """Return the engine whose settings ours take over; nothing is connected."""
     if isinstance(engine, (str, sa.URL)):
-        url = async_url(engine)
-        several = {"async_creator_fn": connector(deadline)} if url.drivername == "postgresql+asyncpg" else {}
-        engine = create_async_engine(url, skip_autocommit_rollback=True, connect_args=several)
+        engine = new_engine(async_url(engine), deadline=deadline, skip_autocommit_rollback=True)
     if not isinstance(engine, AsyncEngine):
         raise ConfigurationError(f"SQLAlchemyBackend takes a URL or an AsyncEngine, not {type(engine).__name__}")
     model = engine.sync_engine
-    database, mode = model.url.database, model.url.query.get("mode")
-    if isinstance(model.pool, StaticPool) or (
-        model.dialect.name == "sqlite" and (not database or ":memory:" in database or mode == "memory")
-    ):
+    if isinstance(model.pool, StaticPool) or in_memory(model.url):
         raise ConfigurationError(
             "an in-memory SQLite (StaticPool) has one connection for everybody: give sessions a file of their own, "
             "sqlite+aiosqlite:///sessions.db, or use InMemoryBackend"

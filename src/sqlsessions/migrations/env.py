@@ -16,10 +16,9 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import context
 from alembic.util import CommandError
-from sqlalchemy.ext.asyncio import create_async_engine
 
-from sqlsessions.errors import ConfigurationError
-from sqlsessions.migrate import Chain
+from sqlsessions.errors import SessionError
+from sqlsessions.migrate import Chain, join_threads, opened, reported
 from sqlsessions.schema import DEFAULT_TABLE, async_url
 
 config = context.config
@@ -53,10 +52,12 @@ def online(connection: sa.Connection, chain: Chain) -> None:
 
 async def connect(url: sa.URL, chain: Chain) -> None:
     """Run it on a connection of our own."""
-    engine = create_async_engine(url, poolclass=sa.NullPool)
-    async with engine.connect() as connection:
-        await connection.run_sync(online, chain)
-    await engine.dispose()
+    try:
+        with reported(url, chain.table):
+            async with opened(url) as connection:
+                await connection.run_sync(online, chain)
+    finally:
+        join_threads()
 
 
 def run() -> None:
@@ -79,5 +80,5 @@ def run() -> None:
 
 try:
     run()
-except ConfigurationError as error:
+except SessionError as error:
     raise CommandError(str(error)) from error  # which Alembic prints as one line
