@@ -1413,6 +1413,21 @@ async def test_mounted(site: Site) -> None:
         assert (await browser.visit(path=f"{root_path}/admin/x", root_path=root_path)).json() == 2
 
 
+async def test_a_mount_within_the_application(site: Site) -> None:
+    """What is mounted below the middleware does not say for which path the cookie is: the application is (R66)."""
+
+    def route(request: Request) -> JSONResponse:
+        request.session["n"] = 1
+        return JSONResponse(1)
+
+    app = Starlette(routes=[Mount("/auth", Starlette(routes=[Route("/in", route)]))])
+    for root_path, path in ("", "/"), ("/proxied", "/proxied"):
+        browser = Browser(SessionMiddleware(app, backend=site.backend, **site.options, cookie_path=None))
+        answer = await browser.visit(path=f"{root_path}/auth/in", root_path=root_path)
+        assert answer.set_cookie
+        assert answer.set_cookie.attributes["path"] == path
+
+
 async def test_mounts_below_one_middleware(site: Site) -> None:
     """Sub-applications share the session of a middleware around them, also if they install it again (R66)."""
 

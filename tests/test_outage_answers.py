@@ -89,6 +89,21 @@ def is_a_plain_503(answer: Answer) -> bool:
     return True
 
 
+def sorry(_: Request, error: Exception) -> Response:
+    """Answer an error."""
+    return JSONResponse({"sorry": type(error).__name__}, 503, {"retry-after": "60"})
+
+
+async def sorry_later(request: Request, error: Exception) -> Response:
+    """Answer an error, from a coroutine, with a stream."""
+    answer = sorry(request, error)
+
+    async def body() -> Any:
+        yield answer.body
+
+    return StreamingResponse(body(), answer.status_code, {"retry-after": "60"})
+
+
 # A server that is not there.
 
 
@@ -228,6 +243,63 @@ async def test_a_500_of_the_applications_own(site: Site) -> None:
     """A 500 that has nothing to do with the session stays what it is."""
     answer = await site.browser().visit(lambda _: PlainTextResponse("mine", status_code=500))
     assert (answer.status, answer.body) == (500, b"mine")
+
+
+async def refused(request: Request) -> None:
+    """Have an atomic update fail, and go on all the same."""
+    with pytest.raises(BackendUnavailable):
+        await request.session.atomic(lambda data: data | {"n": 1})  # type: ignore[attr-defined]
+
+
+async def test_a_500_after_an_error_of_ours_that_was_handled(site: Site) -> None:
+    """So it does after the application has dealt with an error of ours."""
+    browser = await site.filled(cart=[1])
+    site.backend.failing["replace"] = BackendUnavailable(SECRETS)
+
+    async def handle(request: Request) -> Response:
+        await refused(request)
+        return PlainTextResponse("mine", status_code=500)
+
+    answer = await browser.visit(handle)
+    assert (answer.status, answer.body) == (500, b"mine")
+
+
+async def test_a_bug_after_an_error_of_ours_that_was_handled(site: Site) -> None:
+    """A mounted application's own error is the server's to hear, whatever of ours it has dealt with before."""
+    inner, outer = FastAPI(), FastAPI()
+
+    @inner.get("/")
+    async def index(request: Request) -> Any:
+        await refused(request)
+        raise LookupError
+
+    outer.mount("/inner", inner)
+    browser = await site.filled(cart=[1])
+    site.app.app = outer
+    site.backend.failing["replace"] = BackendUnavailable(SECRETS)
+    with pytest.raises(LookupError):
+        await browser.visit(path="/inner/")
+
+
+@pytest.mark.parametrize("on_error", [None, sorry, sorry_later])
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_cookie_that_was_made_before_the_failure(site: Site, on_error: Any, begun: bool) -> None:
+    """A secret that was stored before the outage reaches the browser with the 503: it would be nobody else (R78)."""
+    site = Site(site.backend, on_error=on_error)
+    browser = (await site.filled(user_id="somebody", n=1)) if begun else site.browser()
+
+    async def renew(session: Session) -> None:
+        if begun:
+            session.renew()
+            await session.save()
+        else:
+            await session.atomic(lambda data: data | {"user_id": "somebody", "n": 1})
+        site.backend.failing["replace"] = BackendUnavailable(SECRETS)
+        session["late"] = True
+
+    answer = await browser.do(renew)
+    assert (answer.status, len(answer.set_cookies), answer.header("cache-control")) == (503, 1, "no-store")
+    assert await browser.data() == {"user_id": "somebody", "n": 1}
 
 
 # Committing fails.
@@ -521,21 +593,6 @@ async def test_no_second_try_after_a_deadline(site: Site) -> None:
 
 
 # An answer of the application's own.
-
-
-def sorry(_: Request, error: Exception) -> Response:
-    """Answer an error."""
-    return JSONResponse({"sorry": type(error).__name__}, 503, {"retry-after": "60"})
-
-
-async def sorry_later(request: Request, error: Exception) -> Response:
-    """Answer an error, from a coroutine, with a stream."""
-    answer = sorry(request, error)
-
-    async def body() -> Any:
-        yield answer.body
-
-    return StreamingResponse(body(), answer.status_code, {"retry-after": "60"})
 
 
 @pytest.mark.parametrize("on_error", [sorry, sorry_later])

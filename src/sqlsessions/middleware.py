@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import re
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -176,9 +177,8 @@ class SessionMiddleware:
             if (ending := exchange.ending()) is not None:
                 await ending
 
-    def _set_cookie(self, scope: Scope, change: CookieChange) -> bytes:
+    def _set_cookie(self, scope: Scope, root_path: str, change: CookieChange) -> bytes:
         """Return the Set-Cookie header for *change*."""
-        root_path = scope.get("root_path", "")
         if change.value is None:
             return self._cookie.expire(root_path)
         if self._cookie.https_only and scope.get("scheme") in ("http", "ws") and not self._warned_of_http:
@@ -238,7 +238,7 @@ class _Rules:
     on_gone: Literal["drop", "raise"]
     on_error: ErrorHandler | None
     #: Returns the Set-Cookie header.
-    set_cookie: Callable[[Scope, CookieChange], bytes]
+    set_cookie: Callable[[Scope, str, CookieChange], bytes]
 
 
 class _Exchange:
@@ -268,6 +268,8 @@ class _Exchange:
         self._visit = visit
         self._session = session
         self._scope = scope
+        #: Where this application is: whatever is mounted within it says in the same scope where that is.
+        self._root_path: str = scope.get("root_path", "")
         self._receive = receive
         self._send = send
 
@@ -295,7 +297,12 @@ class _Exchange:
         """
         if self._failure is not None:
             return self._answer(self._failure)
-        commit = self._visit.owed(self._session, failed=self._failed)
+        try:
+            commit = self._visit.owed(self._session, failed=self._failed)
+        except SessionGone as error:
+            if self._forgiven(error):
+                return None
+            raise
         return None if commit is None else self._kept(commit)
 
     async def fail(self, error: BaseException) -> None:
@@ -303,11 +310,7 @@ class _Exchange:
         if self._failure is not None and not isinstance(error, asyncio.CancelledError):
             await self._answer(self._failure)
             return
-        try:
-            await self._visit.commit(failed=True)
-        except _ANSWERED:
-            # The manager has told of it in an event; what the application raised comes first.
-            logger.warning("sqlsessions: a session that was to end could not be ended after the application failed")
+        await self._end()
         if not isinstance(error, _ANSWERED):
             raise error
         if not self._begun:
@@ -328,8 +331,10 @@ class _Exchange:
     def _begin(self, message: Message, headers: list[tuple[bytes, bytes]]) -> Message:
         """Return *message* as it leaves, unless the application's response is abandoned."""
         if self._failed and self._failure is None and message.get("status") == _SERVER_ERROR:
-            # A mounted application has an error page of its own, which knows nothing of outages.
-            self._failure = self._visit.refusal
+            # A mounted application has an error page of its own, which knows nothing of outages. It sends that while
+            # it handles the error; a handler which sends a 500 of its own has handled ours.
+            refusal = self._visit.refusal
+            self._failure = refusal if _comes_of(sys.exception(), refusal) else None
         if self._failure is not None:
             raise _AbandonedError
         self._begun = self._visit.headers_sent = True
@@ -344,6 +349,14 @@ class _Exchange:
             if not self._forgiven(error):
                 raise
 
+    async def _end(self) -> None:
+        """End the session if that was asked for: whatever else cannot be stored, and whatever the response is."""
+        try:
+            await self._visit.commit(failed=True)
+        except _ANSWERED:
+            # The manager has told of it in an event; what the application raised comes first.
+            logger.warning("sqlsessions: a session that was to end could not be ended after the application failed")
+
     def _forgiven(self, error: Exception) -> bool:
         """Tell whether *error* says no more than that a change was dropped, as the settings want it."""
         return isinstance(error, SessionGone) and self._rules.on_gone == "drop"
@@ -353,7 +366,7 @@ class _Exchange:
         change = self._visit.cookie
         if change is None:
             return _varied(headers) if self._session.accessed else headers
-        cookie = self._rules.set_cookie(self._scope, change)
+        cookie = self._rules.set_cookie(self._scope, self._root_path, change)
         name = cookie[: cookie.index(b"=") + 1]
         # One Set-Cookie of a name per response (RFC 6265bis §4.1.1).
         kept = [(key, value) for key, value in headers if key.lower() != b"set-cookie" or not value.startswith(name)]
@@ -362,6 +375,7 @@ class _Exchange:
     async def _answer(self, failure: Exception) -> None:
         """Answer 503, or 409 for a session that is gone; raise what is an error of the application's own."""
         if not isinstance(failure, _ANSWERED):
+            await self._end()
             raise failure
         kind = "http.response"
         if self._scope["type"] == "websocket":
@@ -373,7 +387,7 @@ class _Exchange:
             response = self._rules.on_error(Request(self._scope, self._receive), failure)
             if inspect.isawaitable(response):
                 response = await response
-            await response(self._scope, self._receive, self._send)
+            await response(self._scope, self._receive, self._send_answer)
             return
         gone = isinstance(failure, SessionGone)
         body = b"Conflict: the session has ended" if gone else b"Service Unavailable"
@@ -384,8 +398,23 @@ class _Exchange:
         ]
         if not gone:
             headers.append((b"retry-after", _RETRY_AFTER))
-        await self._send({"type": f"{kind}.start", "status": 409 if gone else 503, "headers": headers})
+        await self._send_answer({"type": f"{kind}.start", "status": 409 if gone else 503, "headers": headers})
         await self._send({"type": f"{kind}.body", "body": b"" if self._scope.get("method") == "HEAD" else body})
+
+    async def _send_answer(self, message: Message) -> None:
+        """Send a message of an answer in place of the application's. What was committed before may have made a cookie,
+        without which the browser would be nobody.
+        """
+        if self._visit.cookie is not None and message["type"] in _BEGINNINGS:
+            message = {**message, "headers": self._dressed(list(message.get("headers", ())))}
+        await self._send(message)
+
+
+def _comes_of(error: BaseException | None, refusal: Exception | None) -> bool:
+    """Tell whether *error* is *refusal*, or was raised from it."""
+    while error is not None and error is not refusal:
+        error = error.__cause__
+    return error is not None
 
 
 def _closing(failure: Exception) -> Message:
