@@ -222,6 +222,8 @@ class Visit:
 
     _loaded = False
     _gone = False
+    #: How often the session had been written when its changes were dropped because it was gone, and its marks then.
+    _dropped: tuple[int, Marks] | None = None
     _failure: BackendError | None = None
     #: When a touch was last tried, done or not.
     _touched_at: datetime | None = None
@@ -314,7 +316,7 @@ class Visit:
     def _user_in(self, data: Mapping[str, Any]) -> str | None:
         key = self._manager.user_key
         if callable(key):
-            return principal(key(dict(data)))
+            return principal(key(dict(data))) if data else None  # who looks for a key there would not find it
         return None if key is None else principal(data.get(key))
 
     def differs(self, data: Mapping[str, Any]) -> bool:
@@ -328,19 +330,23 @@ class Visit:
         use the session work. Asked again, it tries again, unless the first try has cost the request a deadline (R73).
         """
         session = self.session
-        if self._loaded and (self._failure is None or isinstance(self._failure, BackendTimeout)):
+        if self._loaded and not self._worth_another_try(session):
             return session
-        self._failure = None
+        failure: BackendError | None = None
         credential, refusal = self._credential, None
         if credential is not None:
             now = self._manager.clock()
             try:
-                refusal = self._take(await self._manager.backend.load(credential.id, now), credential, session, now)
+                record = await self._manager.backend.load(credential.id, now)
+                if self._loaded and not self._worth_another_try(session):
+                    return session  # by another task of the same request, which may have gone on to change it
+                refusal = self._take(record, credential, session, now)
             except _CORRUPT:
                 refusal = "corrupt"
             except BackendError as error:
-                self._failure = error
+                failure = error
                 self._complain(error)
+        self._failure = failure
         if refusal is not None:
             self._emit(refusal)
             # Not adopted: a client does not choose an id (R2).
@@ -348,19 +354,29 @@ class Visit:
         self._loaded = True
         return session
 
+    def _worth_another_try(self, session: Session) -> bool:
+        """Tell whether a load that failed may be tried again: what was written since would be lost."""
+        failure = self._failure
+        return failure is not None and not isinstance(failure, BackendTimeout) and session.written == self._written
+
     async def save(self) -> None:
         """Commit now. Raises `SessionGone` if the session has ended."""
-        if self._gone and not self.session.marks.ended:
-            raise SessionGone("the session ended while the request ran")
+        self._check_there()
         await self.commit()
+        self._check_there()
 
     async def reload(self) -> None:
         """Read again and drop what was not committed."""
-        self.session.marks = UNMARKED
+        await self._previous()
+        self._check_there(ended=False)
+        session = self.session
+        session.marks, session.assigned = UNMARKED, None
         if self.record is None:
-            dict.clear(self.session)
+            dict.clear(session)
         else:
-            await self._refresh()
+            # Dropped at once: what is set until the row has come is on top of that.
+            self._put(decode(self.record.data))
+            await self._whole(self._rebase(), session)
 
     async def atomic(self, change: Change) -> dict[str, Any]:
         """Apply *change* to what is stored and commit it; see `Session.atomic`."""
@@ -368,8 +384,7 @@ class Visit:
             await self.commit()
         await self._previous()
         self._check_writable()
-        if self._gone:
-            raise SessionGone("the session ended while the request ran")
+        self._check_there(ended=False)
         result: dict[str, Any] = {}
 
         async def apply() -> None:
@@ -415,6 +430,7 @@ class Visit:
 
     def _work(self, session: Session, *, failed: bool, may_touch: Callable[[], bool]) -> Work | None:
         """Return the work that is owed now; None if there is none."""
+        self._drop_nothing_in_silence(session, failed=failed)
         draft = self._draft(session, failed=failed, may_touch=may_touch)
         # A logout that could not find its session must not look like one that did.
         refused = self._failure is not None and draft.marks.ended and not failed
@@ -422,6 +438,19 @@ class Visit:
             return None
         self._check_writable()
         return self._carry_out(draft, session, failed=failed, may_touch=may_touch)
+
+    def _check_there(self, *, ended: bool = True) -> None:
+        """Raise `SessionGone` if the session ended while the request ran, unless it was to end here and *ended*."""
+        if self._gone and not (ended and self.session.marks.ended):
+            raise SessionGone("the session ended while the request ran")
+
+    def _drop_nothing_in_silence(self, session: Session, *, failed: bool) -> None:
+        """Raise `SessionGone` for what was set after a handler was told that the session is gone."""
+        now = (session.written, session.marks)
+        if self._gone and not (failed or session.marks.ended or now == self._dropped):
+            self._dropped = now
+            self._emit("gone")
+            raise SessionGone("the session ended while the request ran: the change was not stored")
 
     def _check_writable(self) -> None:
         if self._failure is not None:
@@ -450,7 +479,7 @@ class Visit:
         # Past the methods of Session, in case somebody else went past them too.
         if not self._names_its_user or not dict.__eq__(session, stored):
             return False
-        if callable(manager.user_key) and self._user_in(stored) != record.user_id:
+        if callable(manager.user_key) and session.accessed and self._user_in(stored) != record.user_id:
             return False
         return not (session.accessed and manager.timeouts.touch_due(record, manager.clock()))
 
@@ -607,12 +636,16 @@ class Visit:
         return await self._insert(draft)
 
     async def _switch_user(self, draft: "_Draft", session: Session) -> bool:
-        ours = self._set_here()
+        ours = _assigned(draft.data, session, self.user_key)
+        if self._user_of(ours, draft.marks) != draft.user:
+            raise InvalidData("user_key finds another user in what this request has set: set all that it looks at")
+        text = encode(ours, self._manager.limits)
         if not await self._delete(unchanged_at=draft.now):
             return False
-        self._put(ours)
-        text = encode(ours, self._manager.limits)
-        return await self._insert(draft._replace(data=ours, text=text, written=session.written))
+        if session.marks.ended:  # meanwhile: there is nobody to insert
+            return True
+        self._put(_assigned(dict(dict.items(session)), session, self.user_key))
+        return await self._insert(draft._replace(data=ours, text=text))
 
     async def _insert(self, draft: "_Draft") -> bool:
         """Create the row under an id and a secret of our own making; a taken id is not overwritten but left for
@@ -757,42 +790,44 @@ class Visit:
         return self._stale_key or kept or record.persistent != before.persistent
 
     async def _rebase(self) -> None:
-        """Load what is stored now and put this request's changes on top of it, key by key."""
-        before, _ = self._standing()
-        baseline = decode(before.data)
-        ours = dict(self.session.items())
-        await self._refresh()
-        theirs = dict(self.session.items())
-        self._put(merge(baseline, theirs, ours))
-
-    async def _refresh(self) -> None:
-        """Take the row as it is stored now for the session; raise `SessionGone` if it is no longer this visitor's, or
-        nobody can read it.
+        """Load what is stored now and put this request's changes on top of it, key by key; raise `SessionGone` if it is
+        no longer this visitor's, or nobody can read it.
         """
-        (_, credential), now = self._standing(), self._manager.clock()
+        (before, credential), now, session = self._standing(), self._manager.clock(), self.session
         try:
-            refusal = self._take(await self._manager.backend.load(credential.id, now), credential, self.session, now)
+            record = await self._manager.backend.load(credential.id, now)
+            # As they are now: the handler may have gone on while this waited.
+            ours = dict(session.items())
+            refusal = self._take(record, credential, session, now)
         except _CORRUPT:
             refusal = "corrupt"
-        if refusal is None:
-            return
+        else:
+            if refusal is None:
+                self._merge(decode(before.data), dict(session.items()), ours)
+                return
         self._emit(refusal if refusal in ("superseded", "corrupt") else "gone")
         self.record = self._credential = self.cookie = None
-        self._gone = True
+        self._gone, self._dropped = True, (session.written, session.marks)
         raise SessionGone("the session ended while the request ran: the change was not stored")
+
+    def _merge(self, baseline: Mapping[str, Any], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+        """Make *theirs* the session's, with what *ours* changes of the *baseline* on top. Into a session that a handler
+        has ended meanwhile, nothing comes back (R28).
+        """
+        self._put(ours if self.session.marks.ended else merge(baseline, theirs, ours))
 
     async def _begin_with(self, change: Change) -> dict[str, Any]:
         """Create the session with what *change* makes of nothing; pending keys follow with the next commit."""
         if self.headers_sent:
             raise HeadersSent("a new session needs a cookie, but the response headers have been sent")
-        pending = dict(self.session.items())
         result = _apply(change, {})
         text = encode(result, self._manager.limits)
+        data = decode(text)
         if result:
-            now, marks = self._manager.clock(), self.session.marks
-            draft = _Draft(Action.INSERT, text, self._user_in(result), now, decode(text), self.session.written, marks)
-            await self._insert(draft)
-        self._put(merge({}, result, pending))
+            now, session = self._manager.clock(), self.session
+            user = self._user_in(result)
+            await self._insert(_Draft(Action.INSERT, text, user, now, data, session.written, session.marks))
+        self._merge({}, data, dict(self.session.items()))
         return result
 
     async def _swap_in(self, change: Change) -> dict[str, Any]:
@@ -811,7 +846,7 @@ class Visit:
 
     async def _try_change(self, change: Change) -> dict[str, Any] | None:
         before, credential = self._standing()
-        baseline, pending, now = decode(before.data), dict(self.session.items()), self._manager.clock()
+        baseline, now = decode(before.data), self._manager.clock()
         result = _apply(change, decode(before.data))
         if self._user_in(result) != self._user_in(baseline):
             raise InvalidData("atomic() cannot change whose session it is: use login()")
@@ -822,14 +857,8 @@ class Visit:
             if not await self._manager.backend.replace(record, _expecting(before, now)):
                 return None
             self._adopt(record, credential, told=self._to_be_told(before, record))
-        self._put(merge(baseline, decode(text), pending))
+        self._merge(baseline, decode(text), dict(self.session.items()))
         return result
-
-    def _set_here(self) -> dict[str, Any]:
-        """Return the keys this request has set."""
-        ours = dict(self.session.items())
-        changed = changed_keys(decode(self._standing()[0].data), ours)
-        return {key: value for key, value in ours.items() if key in changed}
 
     def _standing(self) -> tuple[Record, Credential]:
         assert self.record is not None  # noqa: S101 - `decide` asks for these only where a row was loaded
@@ -904,6 +933,14 @@ class _Turns:
             except BackendTimeout:
                 turn.timeouts += 1
                 raise
+
+
+def _assigned(data: Mapping[str, Any], session: Session, user_key: str | None) -> dict[str, Any]:
+    """Return of *data* what the handler has set itself. What it left as it was, or changed within a value, is the
+    former user's (R44).
+    """
+    keys = {user_key, *(session.assigned or ())}
+    return {key: value for key, value in data.items() if key in keys}
 
 
 def _apply(change: Change, data: dict[str, Any]) -> dict[str, Any]:

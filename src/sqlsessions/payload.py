@@ -80,7 +80,7 @@ def encode(
         _check_keys(data, limits)
         # Before there is any text: 20 MB of somebody's would become 40.
         inspector.mapping(fresh, (), 1)
-        text = None if known is None else _unchecked(data)
+        text = None if known is None else _unchecked(_plain(data))
         if text is not None and text == known:
             return known
         if stored is not None and (lent or text is None):
@@ -89,7 +89,7 @@ def encode(
     except InvalidData:
         # Over limits that were lowered since, or spelled otherwise than we would; but nobody has changed it.
         unset = stored is None or not fresh
-        if known is not None and unset and _unchecked(data) == _unchecked(decode(known)):
+        if known is not None and unset and _unchecked(_plain(data)) == _unchecked(decode(known)):
             return known
         raise
 
@@ -155,10 +155,10 @@ def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
     return data if type(data) is dict else dict(data.items())
 
 
-def _unchecked(data: Mapping[str, Any]) -> str | None:
+def _unchecked(data: Any) -> str | None:
     """Return *data* as JSON text, whatever that alters; None for what JSON refuses."""
     try:
-        return _encode(_plain(data))
+        return _encode(data)
     except (TypeError, ValueError, RecursionError):
         return None
 
@@ -188,12 +188,12 @@ def decode(text: object) -> dict[str, Any]:
 
 def changed_keys(baseline: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:
     """Return the top-level keys that were set, altered or deleted between *baseline* and *ours*; 1, 1.0 and True
-    differ.
+    differ, and what is no JSON differs from all that is.
     """
     return {
         key
         for key in baseline.keys() | ours.keys()
-        if key not in baseline or key not in ours or _encode(baseline[key]) != _encode(ours[key])
+        if key not in baseline or key not in ours or _unchecked([baseline[key]]) != _unchecked([ours[key]])
     }
 
 

@@ -83,7 +83,7 @@ class Session(dict[str, Any]):
     Use it as ``request.session``. Nothing is stored for a session that was never filled.
     """
 
-    __slots__ = ("__weakref__", "_ops", "accessed", "lent", "marks", "written")
+    __slots__ = ("__weakref__", "_ops", "accessed", "assigned", "lent", "marks", "written")
 
     def __init__(self, ops: SessionOps) -> None:
         super().__init__()
@@ -94,6 +94,8 @@ class Session(dict[str, Any]):
         self.lent = False
         #: How often a handler set or deleted keys.
         self.written = 0
+        #: The keys that a handler set or deleted, itself and not within their values; None for none.
+        self.assigned: set[str] | None = None
         self.marks = UNMARKED
 
     def __repr__(self) -> str:
@@ -151,7 +153,8 @@ class Session(dict[str, Any]):
         A user bound in this very request was bound just now.
         """
         record, user = self._seen(), self.user_id
-        if user is None or record is None or user != record.user_id or self.marks.login is not None:
+        marks = self.marks
+        if user is None or record is None or user != record.user_id or marks.login is not None or marks.ended:
             return user is not None
         return record.authenticated_at is not None and self._ops.now() - record.authenticated_at <= span
 
@@ -161,7 +164,7 @@ class Session(dict[str, Any]):
         record = self._seen()
         if self.marks.persistent is not None:
             return self.marks.persistent
-        return record.persistent if record else self._ops.persistent_by_default
+        return record.persistent if record and not self.marks.ended else self._ops.persistent_by_default
 
     @persistent.setter
     def persistent(self, value: bool) -> None:
@@ -376,6 +379,9 @@ class Session(dict[str, Any]):
         """Refuse at once what would need a cookie that can no longer be sent."""
         self.mark_accessed()
         self.written += 1
+        if self.assigned is None:
+            self.assigned = set()
+        self.assigned.update(keys)
         if not self._ops.headers_sent:
             return
         if self._ops.record is None or self.marks.ended:
