@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from sqlsessions import migrate
-from sqlsessions.backends.connections import new_engine
+from sqlsessions.backends.connections import join_threads, new_engine
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
 from sqlsessions.errors import BackendError, ConfigurationError, SchemaMissing, SessionError
 from sqlsessions.purge import BATCH_SIZE, MAX_BATCH_SIZE, purge, purge_forever
@@ -65,7 +65,7 @@ async def _run(options: argparse.Namespace) -> None:
     try:
         await options.run(options)
     finally:
-        migrate.join_threads()
+        join_threads()
 
 
 async def run_migrate(options: argparse.Namespace) -> None:

@@ -6,9 +6,8 @@ process: that run may be the application's own.
 """
 
 import io
-import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing, asynccontextmanager
 from importlib import resources
 from typing import Any, TypeVar
 from zlib import crc32
@@ -64,7 +63,7 @@ async def upgrade(target: Target, *, table: str = DEFAULT_TABLE, schema: str | N
     later release has migrated is left as it is.
     """
     chain = Chain(table, schema)
-    await _run(target, chain.upgrade, table)
+    await _run(target, chain, chain.upgrade)
 
 
 async def downgrade(
@@ -73,7 +72,7 @@ async def downgrade(
     """Take the session table back to *revision*; to ``base``, drop it, its sessions and its version table."""
     chain = Chain(table, schema)
     kept = 0 if revision == "base" else chain.position(revision)
-    await _run(target, lambda connection: chain.downgrade(connection, kept), table)
+    await _run(target, chain, lambda connection: chain.downgrade(connection, kept))
 
 
 async def current(target: Target, *, table: str = DEFAULT_TABLE, schema: str | None = None) -> str | None:
@@ -81,7 +80,7 @@ async def current(target: Target, *, table: str = DEFAULT_TABLE, schema: str | N
     chain = Chain(table, schema)
     if isinstance(target, (str, sa.URL)) and missing_file(async_url(target)):
         return None
-    return await _run(target, chain.current, table)
+    return await _run(target, chain, chain.current)
 
 
 async def check(target: Target, *, table: str = DEFAULT_TABLE, schema: str | None = None) -> None:
@@ -247,6 +246,20 @@ class Chain:
                 # What was done is committed; where nothing was to do, this gives the lock back.
                 connection.rollback()
 
+    async def run_on(self, target: Target, work: Callable[[sa.Connection], T]) -> T:
+        """Return what *work* does on a connection to *target*; what the database refuses is one of our errors, which
+        says what to do.
+        """
+        url = _url(target)
+        try:
+            async with _connection(target) as connection:
+                return await connection.run_sync(work)
+        except DBAPIError as error:
+            raise _typed(error, self.table, place(url)) from error
+        # While connecting, SQLAlchemy 2.0 passes asyncpg's own errors on.
+        except (SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            raise BackendUnavailable(f"cannot use {place(url)}: {_said(error)}") from error
+
     def _step(
         self,
         connection: sa.Connection,
@@ -291,27 +304,16 @@ def _is_in_transaction(connection: sa.Connection) -> bool:
     return bool(getattr(connection.connection.driver_connection, "in_transaction", False))
 
 
-async def _run(target: Target, work: Callable[[sa.Connection], T], table: str) -> T:
-    """Return what *work* does on a connection to *target*; every failure of the database is a typed error."""
-    url = async_url(target) if isinstance(target, (str, sa.URL)) else target.engine.url
-    with reported(url, table):
-        async with _connection(target) as connection:
-            try:
-                return await connection.run_sync(work)
-            except CommandError as error:
-                raise BackendError(f"{place(url)}: {error}") from error
-
-
-@contextmanager
-def reported(url: sa.URL, table: str) -> Generator[None, None, None]:
-    """Raise what the database at *url* refuses in the block as one of our errors, which says what to do."""
+async def _run(target: Target, chain: Chain, work: Callable[[sa.Connection], T]) -> T:
+    """Return what *work* does on a connection to *target*; every failure is a typed error."""
     try:
-        yield
-    except DBAPIError as error:
-        raise _typed(error, table, place(url)) from error
-    # While connecting, SQLAlchemy 2.0 passes asyncpg's own errors on.
-    except (SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        raise BackendUnavailable(f"cannot use {place(url)}: {_said(error)}") from error
+        return await chain.run_on(target, work)
+    except CommandError as error:
+        raise BackendError(f"{place(_url(target))}: {error}") from error
+
+
+def _url(target: Target) -> sa.URL:
+    return async_url(target) if isinstance(target, (str, sa.URL)) else target.engine.url
 
 
 @asynccontextmanager
@@ -328,12 +330,12 @@ async def _connection(target: Target) -> AsyncGenerator[AsyncConnection, None]:
                 await connection.execution_options(isolation_level="READ COMMITTED")
             yield connection
     else:
-        async with opened(async_url(target)) as connection:
+        async with _opened(async_url(target)) as connection:
             yield connection
 
 
 @asynccontextmanager
-async def opened(url: sa.URL) -> AsyncGenerator[AsyncConnection, None]:
+async def _opened(url: sa.URL) -> AsyncGenerator[AsyncConnection, None]:
     """Yield a connection to *url* of our own."""
     if in_memory(url):
         raise ConfigurationError(
@@ -341,16 +343,6 @@ async def opened(url: sa.URL) -> AsyncGenerator[AsyncConnection, None]:
         )
     async with aclosing(await connected(_engine(url))) as connection:
         yield connection
-
-
-def join_threads() -> None:
-    """Wait for what is left of SQLite, before the event loop is closed: a file that cannot be opened leaves a thread of
-    aiosqlite's that is about to tell the event loop. Told a closed one, it would die with a traceback.
-    """
-    for thread in threading.enumerate():
-        # asyncio's own threads are ended by asyncio.run.
-        if thread is not threading.main_thread() and not thread.name.startswith("asyncio_"):
-            thread.join(timeout=1)
 
 
 def _engine(url: sa.URL) -> AsyncEngine:

@@ -9,6 +9,7 @@ behind some poolers. Then everything goes through SQLAlchemy.
 import asyncio
 import logging
 import sqlite3
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -568,3 +569,13 @@ def silence(table: str) -> None:
     if not any(isinstance(known, _WithoutParameters) and known.name == table for known in driver.filters):
         driver.addFilter(_WithoutParameters(table))
     logging.getLogger(f"sqlalchemy.engine.Engine.{_LOGGING_NAME}").addFilter(_without_rows)
+
+
+def join_threads() -> None:
+    """Wait for what is left of SQLite, before the event loop is closed: a file that cannot be opened leaves a thread of
+    aiosqlite's that is about to tell the event loop. Told a closed one, it would die with a traceback.
+    """
+    for thread in threading.enumerate():
+        # asyncio's own threads are ended by asyncio.run.
+        if thread is not threading.main_thread() and not thread.name.startswith("asyncio_"):
+            thread.join(timeout=1)

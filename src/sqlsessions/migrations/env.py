@@ -9,6 +9,7 @@ sqlsessions_0002 -m "add a column"``.
 import asyncio
 import logging
 import os
+from functools import partial
 from logging.config import fileConfig
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import sqlalchemy as sa
 from alembic import context
 from alembic.util import CommandError
 
+from sqlsessions.backends.connections import join_threads
 from sqlsessions.errors import SessionError
-from sqlsessions.migrate import Chain, join_threads, opened, reported
+from sqlsessions.migrate import Chain
 from sqlsessions.schema import DEFAULT_TABLE, async_url
 
 config = context.config
@@ -53,9 +55,7 @@ def online(connection: sa.Connection, chain: Chain) -> None:
 async def connect(url: sa.URL, chain: Chain) -> None:
     """Run it on a connection of our own."""
     try:
-        with reported(url, chain.table):
-            async with opened(url) as connection:
-                await connection.run_sync(online, chain)
+        await chain.run_on(url, partial(online, chain=chain))
     finally:
         join_threads()
 
