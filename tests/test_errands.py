@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
+import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
@@ -84,6 +85,33 @@ async def test_an_error_in_place() -> None:
     with pytest.raises(KeyError):
         await errand
     assert errand.over
+
+
+async def test_what_a_cancellation_says() -> None:
+    """A cancellation arrives with what was said with it: by that, a cancel scope knows its own and ends there."""
+    (future,) = futures(1)
+    errand = Errand(Log().wait(future))
+    with anyio.move_on_after(0.001) as scope:
+        await errand
+    assert scope.cancelled_caught
+    future.set_result(None)
+    await turns()
+    assert errand.over
+
+
+async def test_a_task_that_is_cancelled_before_it_begins() -> None:
+    """So does work whose own task is, as every task is when asyncio.run ends."""
+    log, (future,) = Log(), futures(1)
+    errand = Errand(log.wait(future))
+    errand.begin()
+    for _ in range(2):
+        assert errand._task is not None
+        errand._task.cancel()
+        await checkpoint()
+        await checkpoint()
+    future.set_result(0)
+    await turns()
+    assert (log, errand.over) == ([0, "end"], True)
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])

@@ -397,6 +397,47 @@ async def test_a_lock_that_stays_is_no_outage() -> None:
 # what takes long
 
 
+async def test_a_lock_of_a_try_whose_answer_was_lost() -> None:
+    """Work that may have been done, and then meets a lock, which may be its own, is not taken for undone after that."""
+    sender = Sender(held=True)
+    lane = Lane[Job, Any](supervisor(), sender)
+    tasks = await put_behind(lane, Job(9, 9), Job(1, [Apart(lost=True), Held(), 1]), Job(2, 2))
+    sender.open()
+    assert await asyncio.gather(*tasks) == [9, 1, 2]
+    assert (sender.loads, sender.lost) == ([[9], [1, 2], [-1], [-1]], [1, 1])
+    assert await lane.put(Job(3, [Held(lost=True), 3])) == 3
+    assert (sender.loads[4:], sender.lost) == ([[-3], [-3]], [1, 1, 3])
+
+
+async def test_a_load_that_fails_without_who_sends_it() -> None:
+    """Who sends a load in which there was no room for its own work is not told of that load's error."""
+    sender = Sender()
+    lane = Lane[Job, Any](supervisor(), sender)
+    big = [Job(number, BackendUnavailable(), size=MAX_SIZE // 2) for number in (1, 2)]
+    lane._quiet = False
+    tasks = put(lane, *big, *(Job(number, number) for number in range(3, ENOUGH + 3)))
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes[:2]] == [BackendUnavailable] * 2
+    assert outcomes[2:] == list(range(3, ENOUGH + 3))
+
+
+async def test_the_deadline_behind_what_does_not_end() -> None:
+    """Work for a session on which an operation has been given up that cannot be ended keeps its deadline, too."""
+    sender = Sender(held=True)
+    runs = supervisor(deadline=0.05)
+    lane = Lane[Job, Any](runs, sender)
+    first = put(lane, Job(1))
+    await loaded(sender, 1)
+    while not runs._abandoned:
+        await checkpoint()
+    second = put(lane, Job(1))
+    async with asyncio.timeout(PATIENCE):
+        outcomes = await asyncio.gather(*first, *second, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [BackendTimeout, BackendTimeout]
+    sender.open()
+    await settle()
+
+
 async def test_a_slow_load_holds_up_nobody() -> None:
     """While a load is slow the next goes by another connection, and waits for no lock on it."""
     sender = Sender(held=True)
@@ -628,6 +669,21 @@ async def test_one_bad_change_fails_alone(together: SQLAlchemyBackend) -> None:
     outcomes = await asyncio.gather(*(together.replace(*change) for change in changes), return_exceptions=True)
     assert [place for place, outcome in enumerate(outcomes) if isinstance(outcome, BackendError)] == [2, 4, 6]
     assert [outcome for outcome in outcomes if not isinstance(outcome, BackendError)] == [True] * 6
+
+
+@pytest.mark.parametrize("id_", ["0192f0c1-2233-7abc-8def-001122334455", ["x"], None])
+async def test_what_is_no_id(together: SQLAlchemyBackend, id_: Any) -> None:
+    """What is no UUID is refused before it is among others, and leaves nothing behind."""
+    records = [make_record() for _ in range(4)]
+    for record in records:
+        await together.insert(record)
+    for operation in (together.delete(record.id) for record in records[:2]):
+        assert await operation
+    for refused in (lambda: together.delete(id_), lambda: together.load(id_, START)):
+        with pytest.raises(BackendError, match="a session's id is a UUID"):
+            await refused()
+    assert await asyncio.gather(*(together.delete(record.id) for record in records[2:])) == [True, True]
+    await together.aclose()
 
 
 async def test_one_statement_for_many_changes(postgres_sessions_url: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sqlite3
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
@@ -15,6 +16,7 @@ import asyncpg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool, StaticPool
 from sqlalchemy.sql import visitors
@@ -76,6 +78,47 @@ async def test_sslmode(postgres_sessions_url: str) -> None:
         await everything(backend)
     async with closing(SQLAlchemyBackend(f"{postgres_sessions_url}?sslmode=require")) as backend:
         await fails(backend.ping(), BackendUnavailable)  # the server has no certificate
+
+
+@pytest.mark.skipif(not hasattr(sqlite3, "LEGACY_TRANSACTION_CONTROL"), reason="from Python 3.12 on")
+async def test_a_transaction_at_all_times(sqlite_sessions_url: str) -> None:
+    """An engine whose driver has a transaction open at all times, as SQLAlchemy has it, commits ours all the same."""
+    engine = create_async_engine(sqlite_sessions_url, connect_args={"autocommit": False})
+    async with closing(SQLAlchemyBackend(engine)) as backend:
+        await everything(backend)
+        await backend.insert(make_record())
+        assert await sql(sqlite_sessions_url, "SELECT count(*) FROM web_sessions") == [(1,)]
+    await engine.dispose()
+
+
+async def test_a_listener_that_begins(sqlite_sessions_url: str) -> None:
+    """A listener for all engines that begins transactions, as in SQLAlchemy's recipe for SQLite, leaves none open."""
+
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    event.listen(Engine, "begin", begin)
+    try:
+        async with closing(SQLAlchemyBackend(sqlite_sessions_url)) as backend:
+            await everything(backend)
+            assert await backend.purge(START, 10) == 0
+            await backend.insert(make_record())
+            assert await sql(f"{sqlite_sessions_url}?timeout=0.1", "SELECT count(*) FROM web_sessions") == [(1,)]
+    finally:
+        event.remove(Engine, "begin", begin)
+
+
+def test_an_operation_in_a_loop_of_its_own(sessions_url: str) -> None:
+    """An operation may be asked for where no event loop runs yet, and awaited in one."""
+    backend, record = SQLAlchemyBackend(sessions_url), make_record()
+    asyncio.run(_closing(backend, backend.insert(record)))
+    assert asyncio.run(_closing(backend, backend.load(record.id, START))) == record
+    assert asyncio.run(_closing(backend, backend.delete(record.id)))
+
+
+async def _closing(backend: SQLAlchemyBackend, operation: Awaitable[Any]) -> Any:
+    async with closing(backend):
+        return await operation
 
 
 async def test_an_option_that_is_none(postgres_sessions_url: str) -> None:

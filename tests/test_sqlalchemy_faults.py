@@ -307,6 +307,39 @@ async def meanwhile(url: sa.URL, act: Callable[[], Awaitable[object]]) -> AsyncI
     await engine.dispose()
 
 
+async def test_lost_answers_while_the_server_is_still_at_it(postgres_sessions_url: str) -> None:
+    """Changes whose answers were lost, and whose rows the server has still locked for them, are not said to have
+    missed once it has committed them: they would be made a second time.
+    """
+    await sql(
+        postgres_sessions_url,
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.5); RETURN NEW; END $$",
+        "CREATE TRIGGER slow BEFORE UPDATE ON web_sessions FOR EACH STATEMENT EXECUTE FUNCTION slow()",
+    )
+    records = [make_record() for _ in range(4)]
+    async with proxied(postgres_sessions_url) as (proxy, url), closing(SQLAlchemyBackend(url)) as backend:
+        await asyncio.gather(*(backend.insert(record) for record in records))
+        news = [following(record, data='{"n":1}') for record in records]
+        writing = asyncio.gather(
+            *(backend.replace(new, expecting(old)) for new, old in zip(news, records, strict=True))
+        )
+        while not await sql(postgres_sessions_url, "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"):
+            await checkpoint()
+        proxy.cut()
+        assert await writing == [True] * 4
+        assert [await backend.load(record.id, START) for record in records] == news
+
+
+async def test_lost_answer_to_a_logout(postgres_sessions_url: str) -> None:
+    """An end whose answer was lost, and which finds nothing when it is tried again, is not said to have failed."""
+    record = make_record()
+    async with proxied(postgres_sessions_url) as (proxy, url), closing(SQLAlchemyBackend(url, pool_size=1)) as backend:
+        await backend.insert(record)
+        proxy.answers_to_lose = 1
+        assert await backend.revoke(record.id)
+        assert await backend.load(record.id, EVER) is None
+
+
 async def test_lost_answer_to_insert(postgres_sessions_url: str) -> None:
     """An insert whose answer was lost finds its own record, and takes it for no duplicate."""
     record = make_record()

@@ -80,9 +80,17 @@ class Errand:
         """Have another task do what is left."""
         if self.over or self._task is not None:
             return
-        self._task = self._loop.create_task(self._rest())
+        self._hand_on()
         if self._wait is not None:
             self._wait.leave()
+
+    def _hand_on(self, before: "asyncio.Task[None] | None" = None) -> None:
+        """Have a task do what is left, and another one if that is cancelled before it begins, as all are when an event
+        loop ends: it would leave the work where it stands, for ever.
+        """
+        if before is None or not (self._begun or self.over):
+            self._task = self._loop.create_task(self._rest())
+            self._task.add_done_callback(self._hand_on)
 
     def cancel(self) -> None:
         """Cancel the work, though not its caller."""
@@ -136,7 +144,7 @@ class _Wait:
     It has what a task asks of anything that it is given to wait for, and adds no turn of the event loop.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_future", "_wake")
+    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_future", "_wake", "_why")
 
     def __init__(self, future: Any) -> None:
         self._asyncio_future_blocking = True
@@ -144,6 +152,8 @@ class _Wait:
         self._wake: Callable[[Any], object] | None = None
         self._context: Context | None = None
         self._cancelled = False
+        #: What was said with the cancellation: by this, cancel scopes know their own.
+        self._why: tuple[object, ...] = ()
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         """Return the future's event loop."""
@@ -160,10 +170,12 @@ class _Wait:
         removed: int = self._future.remove_done_callback(wake)
         return removed
 
-    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002
+    def cancel(self, msg: object = None) -> bool:
         """Wake the task, which is cancelled; tell whether that was still to be done."""
-        self._cancelled = self.leave()
-        return self._cancelled
+        if not self.leave():
+            return False
+        self._cancelled, self._why = True, () if msg is None else (msg,)
+        return True
 
     def leave(self) -> bool:
         """Wake the task before the future is done; tell whether it was waiting."""
@@ -175,7 +187,7 @@ class _Wait:
     def result(self) -> None:
         """Say to the task, when it has been woken by this, whether it is cancelled."""
         if self._cancelled:
-            raise asyncio.CancelledError
+            raise asyncio.CancelledError(*self._why)
 
     def cancelled(self) -> bool:
         """Tell whether what is waited for has been cancelled."""

@@ -25,6 +25,7 @@ from sqlalchemy.engine import Dialect, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
 
 from sqlsessions.backends.hosts import connector
 from sqlsessions.backends.lanes import Apart
@@ -366,6 +367,17 @@ class Connection:
         if cut is not None:
             cut()
 
+    def in_doubt(self) -> bool:
+        """Tell whether somebody may have begun a transaction on it, whom SQLAlchemy tells that it has."""
+        if not self._sqlalchemy.in_transaction():
+            return False
+        engine: Any = self._sqlalchemy.engine.sync_engine
+        return bool(engine._has_events and engine.dispatch.begin)  # noqa: SLF001 - as in `Connections`
+
+    async def commit(self) -> None:
+        """End the transaction that may be open."""
+        await self._sqlalchemy.commit()
+
     async def close(self) -> None:
         """Take leave of the server."""
         await self._sqlalchemy.close()
@@ -422,6 +434,8 @@ class Connections:
 
     async def give(self, connection: Connection, *, aside: bool = False) -> None:
         """Take *connection* back."""
+        if connection.in_doubt():
+            await connection.commit()
         if not self.kept:
             await connection.close()
         elif aside:
@@ -537,9 +551,24 @@ def _engine_like(model: Engine) -> AsyncEngine:
         _dispatch=model.pool.dispatch,
     )
     engine = Engine(pool, model.dialect, model.url, logging_name=_LOGGING_NAME, hide_parameters=True)
-    event.listen(pool, "connect", lambda connection, _: model.dialect.set_isolation_level(connection, "AUTOCOMMIT"))
+    event.listen(pool, "connect", lambda connection, _: _set_autocommit(model.dialect, connection))
     event.listen(engine, "handle_error", _discard_wrong_server)
     return AsyncEngine(engine)
+
+
+def _set_autocommit(dialect: Dialect, connection: Any) -> None:
+    """Have each statement committed by itself, whatever the settings of the user's engine say."""
+    # From Python 3.12 on, autocommit=False has a transaction open at all times.
+    legacy = getattr(sqlite3, "LEGACY_TRANSACTION_CONTROL", None)
+    if dialect.driver == "aiosqlite" and legacy is not None:
+        driver: Any = dialect.get_driver_connection(connection)
+
+        def forget_its_own() -> None:
+            driver._conn.autocommit = True  # noqa: SLF001 - which ends that transaction
+            driver._conn.autocommit = legacy  # noqa: SLF001
+
+        await_only(driver._execute(forget_its_own))  # noqa: SLF001
+    dialect.set_isolation_level(connection, "AUTOCOMMIT")
 
 
 def _discard_wrong_server(context: sa.ExceptionContext) -> None:

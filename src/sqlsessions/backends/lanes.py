@@ -12,6 +12,7 @@ then on one half is served by the application while the database serves the othe
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 from uuid import UUID
@@ -51,7 +52,13 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class Held(Exception):
-    """Somebody else has locked the row: nothing was done, and the work is to be tried again in a moment."""
+    """Somebody else has locked the row, and the work is to be tried again in a moment. Nothing was done, unless by a
+    try before this one of which nobody knows (*lost*): then it may be that one which has the lock.
+    """
+
+    def __init__(self, *, lost: bool = False) -> None:
+        super().__init__()
+        self.lost = lost
 
 
 class Apart(Exception):
@@ -83,6 +90,8 @@ class _Waiter(Generic[W, R]):
     errand: Errand | None = None
     future: "asyncio.Future[R] | None" = None
     met_lock = False
+    #: It may have been done already, by a try whose answer was lost.
+    lost = False
     #: The outcome is known, whether or not anybody waits for it.
     over = False
 
@@ -146,9 +155,9 @@ class Lane(Generic[W, R]):
     async def put(self, work: W) -> R:
         """Return the outcome of *work*; raise `BackendTimeout` when the deadline passes first."""
         supervisor = self._supervisor
+        # Of an id its number, hashed at a third of its price.
+        key = None if self._shared else work.id.int
         supervisor.accept()
-        # Of an id its number, hashed at a third of its price. What has none is no UUID, and the database will say so.
-        key = None if self._shared else getattr(work.id, "int", work.id)
         waiter: _Waiter[W, R] = _Waiter(work, key, supervisor.loop.time() + supervisor.deadline)
         self._waiting.append(waiter)
         if self._prompt < self._flights and key not in self._aloft:
@@ -198,7 +207,9 @@ class Lane(Generic[W, R]):
         """Send what waits, in the task of *waiter*: for one that meets nobody, a task costs more than all the rest."""
         self._gatherer = None
         waiter.errand = self._new_flight()
-        await waiter.errand
+        # What fails is told to those on board, of whom the waiter need not be one.
+        with suppress(Exception):
+            await waiter.errand
         waiter.errand = None
 
     def _depart(self) -> None:
@@ -265,11 +276,13 @@ class Lane(Generic[W, R]):
         self._waiting.extendleft(reversed(left))
         return load
 
-    async def _alone(self, waiter: _Waiter[W, R], lease: Lease, *, waits: bool, lost: bool = False) -> None:
+    async def _alone(self, waiter: _Waiter[W, R], lease: Lease, *, waits: bool) -> None:
+        waits = waits and not waiter.met_lock
         try:
-            outcome = await self._sender.alone(lease, waiter.work, waits=waits and not waiter.met_lock, lost=lost)
-        except Held:
+            outcome = await self._sender.alone(lease, waiter.work, waits=waits, lost=waiter.lost)
+        except Held as held:
             waiter.met_lock = self._wary = True
+            waiter.lost = waiter.lost or held.lost
             self._supervisor.loop.call_later(PAUSE, self._retry, waiter)
         except Exception as error:  # noqa: BLE001 - its waiter's
             self._settle(waiter, error)
@@ -280,15 +293,16 @@ class Lane(Generic[W, R]):
         outcomes = await self._sender.together(lease, [waiter.work for waiter in load])
         for waiter, outcome in zip(load, outcomes, strict=True):
             if isinstance(outcome, Apart):
-                self._part(waiter, lost=outcome.lost)
+                waiter.lost = waiter.lost or outcome.lost
+                self._part(waiter)
             else:
                 self._settle(waiter, outcome)
 
-    def _part(self, waiter: _Waiter[W, R], *, lost: bool) -> None:
+    def _part(self, waiter: _Waiter[W, R]) -> None:
         """Have work done by itself that its load could not do."""
         if not waiter.over:
             self._supervisor.errand(
-                partial(self._alone, waiter, waits=False, lost=lost), overdue=lambda now: self._expire([waiter], now)
+                partial(self._alone, waiter, waits=False), overdue=lambda now: self._expire([waiter], now)
             ).begin()
 
     def _retry(self, waiter: _Waiter[W, R]) -> None:

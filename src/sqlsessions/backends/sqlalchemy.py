@@ -116,7 +116,7 @@ class SQLAlchemyBackend(Revocation):
 
         Raises `CorruptData` for a row that this library cannot have written.
         """
-        room, read = self._at_hand(), _Read(id, now)
+        room, read = self._at_hand(), _Read(_checked(id), now)
         return self._load(read) if room is None else room.read(read)
 
     async def _load(self, read: "_Read") -> Record | None:
@@ -235,7 +235,7 @@ class SQLAlchemyBackend(Revocation):
     ) -> Coroutine[Any, Any, bool]:
         # No coroutine around the lane's own: each that waits is left and entered again.
         data = parameters.get("data")
-        change = _Change(id, parameters, write, done, len(data) if isinstance(data, str) else 0)
+        change = _Change(_checked(id), parameters, write, done, len(data) if isinstance(data, str) else 0)
         room = self._at_hand()
         return self._change(change) if room is None else room.write(change)
 
@@ -244,7 +244,8 @@ class SQLAlchemyBackend(Revocation):
 
     def _at_hand(self) -> "_Room | None":
         """Return the running event loop's room, if it has one."""
-        return self._rooms.get(asyncio.get_running_loop())
+        # None while there is none, as where an operation is asked for that an event loop will be begun for.
+        return self._rooms.get(asyncio._get_running_loop())  # type: ignore[arg-type] # noqa: SLF001 - exported by asyncio
 
     def _begin_anew(self) -> None:
         """Leave the connections alone that there are, and open others: for the child of a fork, which the parent's
@@ -414,11 +415,14 @@ class _Writer:
             return done
         try:
             changed = await self._try(turn, work, waits=waits)
+        except Held:
+            raise Held(lost=True) from None
         except Fault as fault:  # of an INSERT whose first try has taken effect meanwhile
             if not fault.constraint or not await self._done(turn, work):
                 raise
             return True
-        return changed or bool(await self._done(turn, work))
+        # What may as well be done twice and has nothing to change any more was done by the first try.
+        return changed or work.done is None or bool(await self._done(turn, work))
 
     async def _try(self, turn: "_Turn", work: _Change, *, waits: bool) -> bool:
         if waits or not self._locks:
@@ -528,6 +532,13 @@ def _model_engine(engine: str | sa.URL | AsyncEngine, deadline: float) -> Engine
             "sqlite+aiosqlite:///sessions.db, or use InMemoryBackend"
         )
     return model
+
+
+def _checked(id: UUID) -> UUID:  # noqa: A002
+    """Return *id*. Alone a driver might take the text of one, but not among others."""
+    if isinstance(id, UUID):
+        return id
+    raise BackendError(f"a session's id is a UUID, not {type(id).__name__}")
 
 
 def _unchanged(id: UUID, expected: Expected) -> dict[str, Any]:  # noqa: A002

@@ -246,12 +246,14 @@ class Supervisor:
 
     def _look(self) -> None:
         now = self.loop.time()
-        for lease in list(self._running):
-            if now - lease.begun >= self.deadline:
+        # Those that were abandoned, too, as long as they last: others may be waiting for what they have taken.
+        for lease in [*self._running, *self._abandoned]:
+            if not lease.abandoned and now - lease.begun >= self.deadline:
                 self._abandon(lease)
             if lease.overdue is not None:
                 lease.overdue(now)
-        self._timer = self.loop.call_later(min(_LOOK, self.deadline), self._look) if self._running else None
+        busy = self._running or self._abandoned
+        self._timer = self.loop.call_later(min(_LOOK, self.deadline), self._look) if busy else None
 
     def _abandon(self, lease: Lease) -> None:
         self._running.discard(lease)
