@@ -28,6 +28,7 @@ from sqlsessions import (
     SessionAutoloadMiddleware,
     SessionMiddleware,
     SQLAlchemyBackend,
+    current_user_id,
     load_session,
 )
 from sqlsessions.credentials import CookieSigner, Credential, new_id, new_secret
@@ -1451,6 +1452,18 @@ async def test_mounts_below_one_middleware(site: Site) -> None:
     assert len(await site.records()) == 1
 
 
+async def test_another_backend_below_the_same_cookie(memory: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """A middleware below another one with the same cookie but a backend of its own is passed over, and says so once."""
+    ours = InMemoryBackend()
+    inner = SessionMiddleware(serve, backend=ours, **memory.options)
+    browser = Browser(SessionMiddleware(inner, backend=memory.backend, **memory.options))
+    for _ in range(2):
+        await browser.visit(fill)
+    (warning,) = caplog.records
+    assert warning.getMessage().endswith(f"the outer one, {memory.backend!r}. Give each a cookie_name of its own")
+    assert (len(await memory.records()), repr(ours)) == (1, "<InMemoryBackend of 0 records>")
+
+
 async def test_cookie_of_the_same_name(memory: Site) -> None:
     """Where the application sets a cookie of our name itself, ours replaces it, and others stay (R17)."""
 
@@ -1497,7 +1510,7 @@ async def test_plain_http(memory: Site, caplog: pytest.LogCaptureFixture) -> Non
         assert "secure" in answer.set_cookie.attributes
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
-    assert "--proxy-headers" in warning.getMessage()
+    assert "--forwarded-allow-ips" in warning.getMessage()
     assert "cookie_https_only=False" in warning.getMessage()
 
 
@@ -1524,6 +1537,10 @@ async def test_no_backend(caplog: pytest.LogCaptureFixture) -> None:
     assert "backend=SQLAlchemyBackend(url)" in warning.getMessage()
 
 
+async def noting(event: Event) -> None:
+    """What on_event cannot be: it is not awaited."""
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -1543,7 +1560,17 @@ async def test_no_backend(caplog: pytest.LogCaptureFixture) -> None:
         ({"cookie_path": "x"}, "cookie_path 'x' must begin with /"),
         ({"idle_timeout": timedelta(0)}, "idle_timeout must be a timedelta of at least one second"),
         ({"absolute_timeout": timedelta(seconds=-1)}, "absolute_timeout must be a timedelta of at least one second"),
-        ({"purge_interval": timedelta(0)}, "purge_interval must be at least one second, or None"),
+        ({"idle_timeout": 3600}, "idle_timeout must be a timedelta of at least one second, not 3600"),
+        ({"absolute_timeout": None}, "absolute_timeout must be a timedelta of at least one second, not None"),
+        ({"anonymous_idle_timeout": 60}, "anonymous_idle_timeout must be a timedelta of at least one second"),
+        ({"purge_interval": timedelta(0)}, "purge_interval must be a timedelta of at least one second, or None"),
+        ({"purge_interval": 5}, "purge_interval must be a timedelta of at least one second, or None, not 5"),
+        ({"backend": "sqlite+aiosqlite:///x.db"}, r"such as SQLAlchemyBackend\(url\); str lacks load, insert, touch"),
+        ({"user_key": 3}, "user_key must be a key, a function of the data, or None, not 3"),
+        ({"skip": [3]}, "a path must be a str or a compiled pattern, not 3"),
+        ({"on_event": 3}, "on_event must be a function that is called and not awaited, not 3"),
+        ({"on_event": noting}, "on_event must be a function that is called and not awaited, not <function"),
+        ({"on_error": 3}, "on_error must be a function of a request and an error, not 3"),
         ({"max_bytes": 0}, "max_bytes must be at least 1, not 0"),
         ({"max_keys": -1}, "max_keys must be at least 1, not -1"),
         ({"on_gone": "ignore"}, "on_gone must be one of 'drop', 'raise', not 'ignore'"),
@@ -1720,6 +1747,23 @@ async def test_fastapi(site: Site, autoload_cookie: bool) -> None:
     browser.cookies.clear()
     await browser.visit(path="/open")
     assert site.statements == ["INSERT"]
+
+
+async def test_dependencies_of_a_router(memory: Site) -> None:
+    """A router may ask for a user on all of its routes; in a test, somebody may stand in for that (README)."""
+    router = fastapi.APIRouter(dependencies=[fastapi.Depends(current_user_id)])
+
+    @router.get("/secret")
+    def secret() -> str:
+        return "secret"
+
+    app = fastapi_app(memory)
+    app.include_router(router)
+    browser = Browser(app)
+    assert (await browser.visit(path="/secret")).status == 401
+    app.dependency_overrides[current_user_id] = lambda: "123"
+    assert (await browser.visit(path="/secret")).json() == "secret"
+    assert (await browser.visit(path="/me")).json() == "123"
 
 
 async def test_openapi(memory: Site) -> None:

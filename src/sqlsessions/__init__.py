@@ -1,6 +1,7 @@
 """Server-side login sessions for FastAPI and Starlette, kept in a table of your own SQL database."""
 
 from sqlsessions.backends.base import Backend as Backend
+from sqlsessions.backends.base import Revocation as Revocation
 from sqlsessions.backends.base import UserSessions as UserSessions
 from sqlsessions.backends.memory import InMemoryBackend as InMemoryBackend
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend as SQLAlchemyBackend
@@ -21,6 +22,8 @@ from sqlsessions.errors import SessionNotLoaded as SessionNotLoaded
 from sqlsessions.events import Event as Event
 from sqlsessions.fastapi import CurrentSession as CurrentSession
 from sqlsessions.fastapi import CurrentUserId as CurrentUserId
+from sqlsessions.fastapi import current_session as current_session
+from sqlsessions.fastapi import current_user_id as current_user_id
 from sqlsessions.middleware import SessionAutoloadMiddleware as SessionAutoloadMiddleware
 from sqlsessions.middleware import SessionMiddleware as SessionMiddleware
 from sqlsessions.middleware import load_session as load_session

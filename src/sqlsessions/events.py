@@ -2,6 +2,7 @@
 session life cycles). And what ails a backend, told to the log.
 """
 
+import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID
 
-from sqlsessions.errors import SessionError
+from sqlsessions.errors import ConfigurationError, SessionError
 
 logger = logging.getLogger("sqlsessions")
 
@@ -54,9 +55,15 @@ EventHook = Callable[[Event], object]
 
 
 def emitter(hook: EventHook | None) -> EventHook:
-    """Return a function that calls *hook*; an error of the hook is logged and never becomes the request's."""
+    """Return a function that calls *hook*; an error of the hook is logged and never becomes the request's.
+
+    Raises `ConfigurationError` for what cannot be called, or would have to be awaited.
+    """
     if hook is None:
         return _nobody
+    given: object = hook
+    if not callable(given) or inspect.iscoroutinefunction(given):
+        raise ConfigurationError(f"on_event must be a function that is called and not awaited, not {hook!r:.80}")
 
     def emit(event: Event) -> None:
         try:

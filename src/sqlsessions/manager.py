@@ -116,6 +116,9 @@ _PLAIN = {
     for due in (False, True)
 }
 
+#: What a backend is asked for.
+_OPERATIONS = ("load", "insert", "replace", "touch", "delete", "purge", "aclose")
+
 #: How a row shows that nobody here has written it: by data that does not decode, or a timeout beyond any calendar.
 _CORRUPT = (CorruptData, OverflowError)
 
@@ -153,6 +156,13 @@ class SessionManager:
         on_event: EventHook | None = None,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
+        if missing := [name for name in _OPERATIONS if not callable(getattr(backend, name, None))]:
+            raise ConfigurationError(
+                f"backend must be a Backend such as SQLAlchemyBackend(url); {type(backend).__name__} lacks "
+                + ", ".join(missing)
+            )
+        if not (user_key is None or isinstance(user_key, str) or callable(user_key)):
+            raise ConfigurationError(f"user_key must be a key, a function of the data, or None, not {user_key!r:.80}")
         if max_sessions_per_user is not None and max_sessions_per_user < 1:
             raise ConfigurationError(f"max_sessions_per_user must be at least 1, not {max_sessions_per_user!r}")
         if max_sessions_per_user is not None and not isinstance(backend, UserSessions):
@@ -271,6 +281,11 @@ class Visit:
         session = self._session()
         assert session is not None  # noqa: S101
         return session
+
+    @property
+    def backend(self) -> Backend:
+        """Where its record is kept."""
+        return self._manager.backend
 
     @property
     def user_key(self) -> str | None:
@@ -430,7 +445,8 @@ class Visit:
 
     def _work(self, session: Session, *, failed: bool, may_touch: Callable[[], bool]) -> Work | None:
         """Return the work that is owed now; None if there is none."""
-        self._drop_nothing_in_silence(session, failed=failed)
+        if self._gone and not failed:
+            self._drop_nothing_in_silence(session)
         draft = self._draft(session, failed=failed, may_touch=may_touch)
         # A logout that could not find its session must not look like one that did.
         refused = self._failure is not None and draft.marks.ended and not failed
@@ -444,10 +460,10 @@ class Visit:
         if self._gone and not (ended and self.session.marks.ended):
             raise SessionGone("the session ended while the request ran")
 
-    def _drop_nothing_in_silence(self, session: Session, *, failed: bool) -> None:
+    def _drop_nothing_in_silence(self, session: Session) -> None:
         """Raise `SessionGone` for what was set after a handler was told that the session is gone."""
         now = (session.written, session.marks)
-        if self._gone and not (failed or session.marks.ended or now == self._dropped):
+        if not session.marks.ended and now != self._dropped:
             self._dropped = now
             self._emit("gone")
             raise SessionGone("the session ended while the request ran: the change was not stored")

@@ -32,7 +32,7 @@ from sqlsessions.events import Event, EventHook
 from sqlsessions.manager import CookieChange, OnUnavailable, SessionManager, UserKey, Visit
 from sqlsessions.payload import Limits
 from sqlsessions.purge import purge, purge_forever
-from sqlsessions.record import Timeouts, utc_now
+from sqlsessions.record import Timeouts, is_span, utc_now
 from sqlsessions.session import Session
 
 logger = logging.getLogger("sqlsessions")
@@ -110,8 +110,12 @@ class SessionMiddleware:
     ) -> None:
         _one_of("on_gone", on_gone, ("drop", "raise"))
         _one_of("on_unavailable", on_unavailable, ("raise", "anonymous"))
-        if purge_interval is not None and purge_interval < timedelta(seconds=1):
-            raise ConfigurationError(f"purge_interval must be at least one second, or None, not {purge_interval!r}")
+        if purge_interval is not None and not is_span(purge_interval, timedelta(seconds=1)):
+            raise ConfigurationError(
+                f"purge_interval must be a timedelta of at least one second, or None, not {purge_interval!r:.80}"
+            )
+        if on_error is not None and not callable(on_error):
+            raise ConfigurationError(f"on_error must be a function of a request and an error, not {on_error!r:.80}")
         self.app = app
         self._cookie = CookieSettings(
             cookie_name or "", cookie_https_only, cookie_same_site, cookie_domain, cookie_path, cookie_partitioned
@@ -137,6 +141,7 @@ class SessionMiddleware:
         self._record_client = record_client
         self._purger = _Purger(self._manager, purge_interval)
         self._warned_of_http = False
+        self._warned_of_another = False
 
     def __repr__(self) -> str:
         return f"<SessionMiddleware {self._cookie.name!r} on {self._manager.backend!r}>"
@@ -147,7 +152,7 @@ class SessionMiddleware:
         if kind == "lifespan":
             await self.app(scope, receive, self._lifespan(send))
             return
-        if kind not in _SERVED or (visits and self._cookie.name in visits):
+        if kind not in _SERVED or (visits and self._has_been_here(visits)):
             await self.app(scope, receive, send)
             return
         # The rest stands here and not in a coroutine of its own: each that waits is left and entered again.
@@ -177,6 +182,19 @@ class SessionMiddleware:
             if (ending := exchange.ending()) is not None:
                 await ending
 
+    def _has_been_here(self, visits: Mapping[str, Visit]) -> bool:
+        """Tell whether a middleware around this one serves our cookie; warn if it does from another backend."""
+        visit = visits.get(self._cookie.name)
+        if visit is not None and visit.backend is not self._manager.backend and not self._warned_of_another:
+            self._warned_of_another = True
+            logger.warning(
+                "sqlsessions: a SessionMiddleware around another one has the same cookie, %r, and another backend: the "
+                "session is that of the outer one, %r. Give each a cookie_name of its own",
+                self._cookie.name,
+                visit.backend,
+            )
+        return visit is not None
+
     def _set_cookie(self, scope: Scope, root_path: str, change: CookieChange) -> bytes:
         """Return the Set-Cookie header for *change*."""
         if change.value is None:
@@ -185,7 +203,7 @@ class SessionMiddleware:
             self._warned_of_http = True
             logger.warning(
                 "sqlsessions: a Secure cookie was set on a plain-http request, and browsers will not send it back. "
-                "Behind a proxy that ends TLS, have the server trust its headers (uvicorn --proxy-headers); "
+                "Behind a proxy that ends TLS, have the server trust its headers (uvicorn --forwarded-allow-ips=…); "
                 "for plain http in development, cookie_https_only=False"
             )
         return self._cookie.set(change.value, max_age=change.max_age, root_path=root_path)
@@ -463,6 +481,9 @@ class _Paths:
         if isinstance(rules, str):
             raise ConfigurationError(f"paths must be a list, not the one str {rules!r:.80}")
         rules = list(rules)
+        for rule in rules:
+            if not isinstance(rule, (str, re.Pattern)):
+                raise ConfigurationError(f"a path must be a str or a compiled pattern, not {rule!r:.80}")
         self._prefixes = tuple(rule.rstrip("/") for rule in rules if isinstance(rule, str))
         self._patterns = [rule for rule in rules if not isinstance(rule, str)]
 

@@ -125,8 +125,10 @@ class Timeouts:
     def __post_init__(self) -> None:
         spans = {"idle_timeout": self.idle, "absolute_timeout": self.absolute, "anonymous_idle_timeout": self.anonymous}
         for name, value in spans.items():
-            if value is not None and value < timedelta(seconds=1):
-                raise ConfigurationError(f"{name} must be a timedelta of at least one second, not {value!r}")
+            if value is None and name == "anonymous_idle_timeout":
+                continue
+            if not is_span(value, timedelta(seconds=1)):
+                raise ConfigurationError(f"{name} must be a timedelta of at least one second, not {value!r:.80}")
 
     def idle_of(self, record: Record) -> timedelta:
         """Return the idle timeout in force for *record*: its own, else the configured one."""
@@ -159,6 +161,11 @@ class Timeouts:
         """Tell whether enough time has passed for a use of *record* at *now* to be worth a write."""
         since = now - record.last_seen_at
         return since >= _TOUCH or since * 10 >= self.idle_of(record)
+
+
+def is_span(value: object, least: timedelta) -> bool:
+    """Tell whether *value* is a timedelta, which a setting in seconds is not, and no less than *least*."""
+    return isinstance(value, timedelta) and value >= least
 
 
 def next_version(version: int) -> int:

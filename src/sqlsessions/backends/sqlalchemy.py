@@ -40,7 +40,7 @@ from sqlsessions.errors import (
     DuplicateId,
     SchemaMissing,
 )
-from sqlsessions.record import Expected, Record, utc_now
+from sqlsessions.record import Expected, Record, is_span, utc_now
 from sqlsessions.schema import DEFAULT_TABLE, Statements, Write, async_url, in_memory, sessions_table
 
 T = TypeVar("T")
@@ -95,8 +95,8 @@ class SQLAlchemyBackend(Revocation):
     ) -> None:
         if pool_size < 1:
             raise ConfigurationError(f"pool_size must be at least 1, not {pool_size!r}")
-        if deadline <= timedelta(0):
-            raise ConfigurationError(f"deadline must be positive, not {deadline!r}")
+        if not is_span(deadline, timedelta.resolution):
+            raise ConfigurationError(f"deadline must be a positive timedelta, not {deadline!r:.80}")
         self._model = _model_engine(engine, deadline.total_seconds())
         self._statements = Statements(sessions_table(sa.MetaData(), table, schema), self._model.dialect.name)
         silence(table)
