@@ -108,6 +108,20 @@ async def test_a_listener_that_begins(sqlite_sessions_url: str) -> None:
         event.remove(Engine, "begin", begin)
 
 
+async def test_a_connection_that_is_out_while_the_others_are_given_up(sessions_url: str) -> None:
+    """What leads to a server of no more use is not kept either if it is in use when that is found out (R81)."""
+    async with closing(SQLAlchemyBackend(sessions_url)) as backend:
+        await backend.ping()
+        room = backend._at_hand()
+        assert room is not None
+        one, other = await room.connections.take(), await room.connections.take()
+        await room.connections.discard(one, others=True)
+        await room.connections.give(other)
+        assert not room.connections._idle
+        await everything(backend)
+        assert room.connections._idle
+
+
 def test_an_operation_in_a_loop_of_its_own(sessions_url: str) -> None:
     """An operation may be asked for where no event loop runs yet, and awaited in one."""
     backend, record = SQLAlchemyBackend(sessions_url), make_record()

@@ -343,11 +343,12 @@ def _unreadable() -> CorruptData:
 class Connection:
     """A connection in autocommit that belongs to nobody's pool."""
 
-    __slots__ = ("_driver", "_opened", "_sqlalchemy", "direct", "plain", "way")
+    __slots__ = ("_driver", "_sqlalchemy", "direct", "opened", "plain", "way")
 
-    def __init__(self, sqlalchemy: AsyncConnection, statements: Statements, spell: Spelling) -> None:
+    def __init__(self, sqlalchemy: AsyncConnection, statements: Statements, spell: Spelling, *, opened: float) -> None:
         self._sqlalchemy = sqlalchemy
-        self._opened = time.monotonic()
+        #: When that was begun.
+        self.opened = opened
         adapter: Any = sqlalchemy.sync_connection and sqlalchemy.sync_connection.connection.dbapi_connection
         self._driver: Any = sqlalchemy.dialect.get_driver_connection(adapter)
         self.plain = Plain(sqlalchemy, statements)
@@ -359,7 +360,7 @@ class Connection:
 
     def usable(self, recycle: float) -> bool:
         """Tell whether the connection may serve once more: it is not known to be dead, nor older than *recycle*."""
-        return not self._dead() and (recycle < 0 or time.monotonic() - self._opened <= recycle)
+        return not self._dead() and (recycle < 0 or time.monotonic() - self.opened <= recycle)
 
     def terminate(self) -> None:
         """Cut the connection without a word to the server, if the driver can."""
@@ -408,6 +409,8 @@ class Connections:
         self._recycle: float = model.pool._recycle  # noqa: SLF001 - what Pool.recreate() passes on; there is no public way
         self._statements = statements
         self._idle: deque[Connection] = deque()
+        #: What was opened before this leads to where we no longer want to go.
+        self._since = 0.0
         self._texts: dict[sa.Executable, Spelled] = {}
 
     def at_hand(self, *, aside: bool = False) -> Connection | None:
@@ -436,7 +439,7 @@ class Connections:
         """Take *connection* back."""
         if connection.in_doubt():
             await connection.commit()
-        if not self.kept:
+        if not self.kept or connection.opened < self._since:
             await connection.close()
         elif aside:
             self._idle.appendleft(connection)
@@ -444,9 +447,12 @@ class Connections:
             self._idle.append(connection)
 
     async def discard(self, connection: Connection, *, others: bool = False) -> None:
-        """Cut *connection*, and with *others* those that are kept, which lead to the same place."""
+        """Cut *connection*, and with *others* those that are kept, which lead to the same place; those in use go when
+        they are given back. A standby goes on answering reads, and what is read there and written elsewhere is lost.
+        """
         discarded = [connection]
         if others:
+            self._since = time.monotonic()
             discarded += self._idle
             self._idle.clear()
         for each in discarded:
@@ -471,11 +477,12 @@ class Connections:
         return opening.result()
 
     async def _connect(self) -> Connection:
+        begun = time.monotonic()
         opened = await connected(self._engine)
         if opened.sync_connection is not None:
             # Ours alone: of one that is lost together with its event loop, a pool would complain.
             opened.sync_connection.detach()
-        return Connection(opened, self._statements, self._spell)
+        return Connection(opened, self._statements, self._spell, opened=begun)
 
     def _spell(self, statement: sa.Executable, parameters: Parameters) -> Spelled:
         text = self._texts.get(statement)
