@@ -228,6 +228,27 @@ async def test_two_tasks_that_load(site: Site) -> None:
     assert await browser.data() == {"n": 1, "a": True, "b": True}
 
 
+async def test_two_tasks_that_load_of_which_one_fails(site: Site) -> None:
+    """Where one of them finds the database away, the session is that of the other."""
+    browser = await site.filled(n=1)
+    lazy = browser.twin(site.reconfigured(autoload_cookie=False).app)
+
+    async def handle(request: Request) -> int:
+        gate = site.backend.gate("load")
+        slow = asyncio.ensure_future(load_session(request))
+        await gate.full()
+        session = await load_session(request)
+        session["n"] = 2
+        site.backend.failing["load"] = BackendUnavailable()
+        gate.open()
+        assert await slow is session
+        site.backend.failing.clear()
+        return int(session["n"])
+
+    assert (await lazy.visit(handle)).json() == 2
+    assert await browser.data() == {"n": 2}
+
+
 async def test_a_write_to_a_session_that_could_not_be_loaded(site: Site) -> None:
     """With on_unavailable="anonymous" such a write is refused, also if another load_session() would succeed now."""
     browser = await site.filled(n=1)

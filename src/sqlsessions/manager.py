@@ -359,8 +359,10 @@ class Visit:
             except _CORRUPT:
                 refusal = "corrupt"
             except BackendError as error:
-                failure = error
                 self._complain(error)
+                if self._loaded and self._failure is None:
+                    return session
+                failure = error
         self._failure = failure
         if refusal is not None:
             self._emit(refusal)

@@ -19,8 +19,8 @@ class Backend(Protocol):
 
     Every method may raise `BackendError`, one that returns records `CorruptData`, and nothing else
     (`asyncio.CancelledError` passes through); their messages are for the log, and quote nothing of a record but its id.
-    A method whose outcome is unknown, because the connection broke after
-    sending, finds it out by reading, or raises; it never writes again blindly.
+    A method whose outcome is unknown, because the connection broke after sending, finds it out by reading, or raises;
+    it never writes again blindly.
     """
 
     async def load(self, id: UUID, now: datetime) -> Record | None:  # noqa: A002
