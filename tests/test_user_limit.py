@@ -224,6 +224,8 @@ def test_settings() -> None:
     class OnlyRecords:
         """A backend that does not find records by their user."""
 
+        load = insert = replace = touch = delete = purge = aclose = InMemoryBackend.load
+
     for backend, limit, message in (
         (InMemoryBackend(), 0, "max_sessions_per_user must be at least 1, not 0"),
         (OnlyRecords(), 1, "OnlyRecords lacks methods of UserSessions"),
