@@ -1,3 +1,4 @@
+import argparse
 import asyncio
 import os
 import pty
@@ -14,6 +15,7 @@ import pytest
 
 from sqlsessions import cli, migrate
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
+from sqlsessions.errors import ConfigurationError
 from sqlsessions.record import Record
 from tests.catalogue import tables
 from tests.commands import ENVIRONMENT, command, run
@@ -163,6 +165,13 @@ def test_which_database(command: str, said: str, tmp_path: Path) -> None:
     result = run("sqlsessions", command, cwd=tmp_path, SQLSESSIONS_URL=url)
     assert result.returncode == 1
     assert result.stderr.startswith("sqlsessions: " + said.format("postgresql+asyncpg://127.0.0.1:1,127.0.0.1:2/x"))
+
+
+def test_counting_what_will_be_purged(postgres_url: str) -> None:
+    """Before the bar is drawn, too, an option that the driver does not know is named."""
+    options = argparse.Namespace(url=f"{postgres_url}?channel_binding=x", table="web_sessions", schema=None)
+    with pytest.raises(ConfigurationError, match="'channel_binding'"):
+        asyncio.run(cli._expired(options))
 
 
 def test_purge(sessions_url: str, tmp_path: Path) -> None:

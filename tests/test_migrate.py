@@ -308,6 +308,7 @@ async def test_failing_midway(database_url: str) -> None:
     ("url", "kind", "said"),
     [
         (NOWHERE, BackendUnavailable, "postgresql+asyncpg://127.0.0.1:1/nowhere: "),
+        ("postgresql://somebody:geheim@[::1]:1/x", BackendUnavailable, "postgresql+asyncpg://[::1]:1/x: "),
         ("nosql://somebody:geheim@host/x", ConfigurationError, "no asynchronous driver for nosql"),
         ("sqlite+pysqlite:///x.db", ConfigurationError, "no asynchronous driver for sqlite"),
         ("not a URL: geheim", ConfigurationError, "cannot be read"),

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from datetime import timedelta
 from importlib import metadata
 from typing import Any, NoReturn
@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from sqlsessions import migrate
-from sqlsessions.backends.connections import join_threads, new_engine
+from sqlsessions.backends.connections import connected, join_threads, new_engine
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
 from sqlsessions.errors import BackendError, ConfigurationError, SchemaMissing, SessionError
 from sqlsessions.purge import BATCH_SIZE, MAX_BATCH_SIZE, purge, purge_forever
@@ -163,7 +163,7 @@ async def _expired(options: argparse.Namespace) -> int | None:
     counted = sa.select(sa.func.count()).select_from(sessions).where(sessions.c.expires_at <= utc_now())
     # What ails the database is for the purge to report.
     with suppress(SQLAlchemyError, OSError, TimeoutError):
-        async with asyncio.timeout(_COUNTING), engine.connect() as connection:
+        async with asyncio.timeout(_COUNTING), aclosing(await connected(engine)) as connection:
             return (await connection.execute(counted)).scalar_one()
     return None
 

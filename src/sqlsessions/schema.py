@@ -129,10 +129,11 @@ def async_url(url: str | sa.URL) -> sa.URL:
 
 def place(url: sa.URL) -> str:
     """Name a database in a message: without user, password and options, which may hold a password too."""
+    shown = sa.URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
+    if url.host:
+        return shown
     several = url.query.get("host", ())
-    hosts = url.host or ",".join([several] if isinstance(several, str) else several)
-    shown = sa.URL.create(url.drivername, host="hosts" if hosts else None, port=url.port, database=url.database)
-    return shown.render_as_string().replace("//hosts", f"//{hosts}", 1)
+    return shown.replace("://", f"://{several if isinstance(several, str) else ','.join(several)}", 1)
 
 
 def masked(text: str) -> str:
