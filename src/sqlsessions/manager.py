@@ -11,7 +11,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -117,7 +117,7 @@ _PLAIN = {
 }
 
 #: What a backend is asked for.
-_OPERATIONS = ("load", "insert", "replace", "touch", "delete", "purge", "aclose")
+_OPERATIONS = [name for name in vars(Backend) if not name.startswith("_")]
 
 #: How a row shows that nobody here has written it: by data that does not decode, or a timeout beyond any calendar.
 _CORRUPT = (CorruptData, OverflowError)
@@ -231,9 +231,8 @@ class Visit:
     # What a visit begins with stands in the class, and costs none of them anything.
 
     _loaded = False
-    _gone = False
-    #: How often the session had been written when its changes were dropped because it was gone, and its marks then.
-    _dropped: tuple[int, Marks] | None = None
+    #: How often the session had been written, and its marks, when a handler was last told that it is gone; else None.
+    _gone: tuple[int, Marks] | None = None
     _failure: BackendError | None = None
     #: When a touch was last tried, done or not.
     _touched_at: datetime | None = None
@@ -360,7 +359,7 @@ class Visit:
                 refusal = "corrupt"
             except BackendError as error:
                 self._complain(error)
-                if self._loaded and self._failure is None:
+                if self._loaded and not self._worth_another_try(session):
                     return session
                 failure = error
         self._failure = failure
@@ -447,8 +446,9 @@ class Visit:
 
     def _work(self, session: Session, *, failed: bool, may_touch: Callable[[], bool]) -> Work | None:
         """Return the work that is owed now; None if there is none."""
-        if self._gone and not failed:
-            self._drop_nothing_in_silence(session)
+        told = self._gone
+        if told and not (failed or session.marks.ended or told == (session.written, session.marks)):
+            raise self._lost(session, "gone")  # what was set since
         draft = self._draft(session, failed=failed, may_touch=may_touch)
         # A logout that could not find its session must not look like one that did.
         refused = self._failure is not None and draft.marks.ended and not failed
@@ -462,13 +462,12 @@ class Visit:
         if self._gone and not (ended and self.session.marks.ended):
             raise SessionGone("the session ended while the request ran")
 
-    def _drop_nothing_in_silence(self, session: Session) -> None:
-        """Raise `SessionGone` for what was set after a handler was told that the session is gone."""
-        now = (session.written, session.marks)
-        if not session.marks.ended and now != self._dropped:
-            self._dropped = now
-            self._emit("gone")
-            raise SessionGone("the session ended while the request ran: the change was not stored")
+    def _lost(self, session: Session, kind: EventKind) -> SessionGone:
+        """Note that the session is gone, and what was set in it with it; return what says so."""
+        self._emit(kind)
+        self.record = self._credential = self.cookie = None
+        self._gone = session.written, session.marks
+        return SessionGone("the session ended while the request ran: the change was not stored")
 
     def _check_writable(self) -> None:
         if self._failure is not None:
@@ -560,7 +559,7 @@ class Visit:
         changed = known is not None and not quiet and text != known
         facts = Facts(
             stored=record is not None,
-            gone=self._gone,
+            gone=self._gone is not None,
             ended=marks.ended,
             failed=failed,
             empty=empty,
@@ -654,7 +653,7 @@ class Visit:
         return await self._insert(draft)
 
     async def _switch_user(self, draft: "_Draft", session: Session) -> bool:
-        ours = _assigned(draft.data, session, self.user_key)
+        ours = _assigned(draft.data.items(), session, self.user_key)
         if self._user_of(ours, draft.marks) != draft.user:
             raise InvalidData("user_key finds another user in what this request has set: set all that it looks at")
         text = encode(ours, self._manager.limits)
@@ -662,7 +661,7 @@ class Visit:
             return False
         if session.marks.ended:  # meanwhile: there is nobody to insert
             return True
-        self._put(_assigned(dict(dict.items(session)), session, self.user_key))
+        self._put(_assigned(dict.items(session), session, self.user_key))
         return await self._insert(draft._replace(data=ours, text=text))
 
     async def _insert(self, draft: "_Draft") -> bool:
@@ -694,7 +693,7 @@ class Visit:
             await manager.backend.insert(record)
         self._adopt(record, credential)
         self._settle(draft)
-        self._gone = False
+        self._gone = None
         self._emit("created")
         if draft.user is not None:
             self._emit("bound")
@@ -823,10 +822,7 @@ class Visit:
             if refusal is None:
                 self._merge(decode(before.data), dict(session.items()), ours)
                 return
-        self._emit(refusal if refusal in ("superseded", "corrupt") else "gone")
-        self.record = self._credential = self.cookie = None
-        self._gone, self._dropped = True, (session.written, session.marks)
-        raise SessionGone("the session ended while the request ran: the change was not stored")
+        raise self._lost(session, refusal if refusal in ("superseded", "corrupt") else "gone")
 
     def _merge(self, baseline: Mapping[str, Any], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         """Make *theirs* the session's, with what *ours* changes of the *baseline* on top. Into a session that a handler
@@ -953,12 +949,12 @@ class _Turns:
                 raise
 
 
-def _assigned(data: Mapping[str, Any], session: Session, user_key: str | None) -> dict[str, Any]:
-    """Return of *data* what the handler has set itself. What it left as it was, or changed within a value, is the
+def _assigned(items: Iterable[tuple[str, Any]], session: Session, user_key: str | None) -> dict[str, Any]:
+    """Return of *items* what the handler has set itself. What it left as it was, or changed within a value, is the
     former user's (R44).
     """
     keys = {user_key, *(session.assigned or ())}
-    return {key: value for key, value in data.items() if key in keys}
+    return {key: value for key, value in items if key in keys}
 
 
 def _apply(change: Change, data: dict[str, Any]) -> dict[str, Any]:

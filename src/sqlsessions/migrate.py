@@ -77,10 +77,7 @@ async def downgrade(
 
 async def current(target: Target, *, table: str = DEFAULT_TABLE, schema: str | None = None) -> str | None:
     """Return the revision that the session table is at, or None if it was never migrated. Only reads."""
-    chain = Chain(table, schema)
-    if isinstance(target, (str, sa.URL)) and missing_file(async_url(target)):
-        return None
-    return await _run(target, chain, chain.current)
+    return await _current(target, Chain(table, schema))
 
 
 async def check(target: Target, *, table: str = DEFAULT_TABLE, schema: str | None = None) -> None:
@@ -89,7 +86,7 @@ async def check(target: Target, *, table: str = DEFAULT_TABLE, schema: str | Non
     A table that a later release has migrated is not behind: during a rolling deploy both releases use it.
     """
     chain = Chain(table, schema)
-    applied = await current(target, table=table, schema=schema)
+    applied = await _current(target, chain)
     if applied is None or applied in chain.revisions[:-1]:
         raise SchemaMissing(
             f"table {table} is at {applied or 'no revision'}, the newest is {chain.revisions[-1]}: "
@@ -312,6 +309,12 @@ async def _run(target: Target, chain: Chain, work: Callable[[sa.Connection], T])
         raise BackendError(f"{place(_url(target))}: {error}") from error
 
 
+async def _current(target: Target, chain: Chain) -> str | None:
+    if isinstance(target, (str, sa.URL)) and missing_file(async_url(target)):
+        return None
+    return await _run(target, chain, chain.current)
+
+
 def _url(target: Target) -> sa.URL:
     return async_url(target) if isinstance(target, (str, sa.URL)) else target.engine.url
 
@@ -330,19 +333,13 @@ async def _connection(target: Target) -> AsyncGenerator[AsyncConnection, None]:
                 await connection.execution_options(isolation_level="READ COMMITTED")
             yield connection
     else:
-        async with _opened(async_url(target)) as connection:
+        url = async_url(target)
+        if in_memory(url):
+            raise ConfigurationError(
+                "an in-memory SQLite is gone with its connection: name a file, sqlite+aiosqlite:///sessions.db"
+            )
+        async with aclosing(await connected(_engine(url))) as connection:
             yield connection
-
-
-@asynccontextmanager
-async def _opened(url: sa.URL) -> AsyncGenerator[AsyncConnection, None]:
-    """Yield a connection to *url* of our own."""
-    if in_memory(url):
-        raise ConfigurationError(
-            "an in-memory SQLite is gone with its connection: name a file, sqlite+aiosqlite:///sessions.db"
-        )
-    async with aclosing(await connected(_engine(url))) as connection:
-        yield connection
 
 
 def _engine(url: sa.URL) -> AsyncEngine:

@@ -193,7 +193,7 @@ def changed_keys(baseline: Mapping[str, Any], ours: Mapping[str, Any]) -> set[st
     return {
         key
         for key in baseline.keys() | ours.keys()
-        if key not in baseline or key not in ours or _unchecked([baseline[key]]) != _unchecked([ours[key]])
+        if key not in baseline or key not in ours or _unchecked(baseline[key]) != _unchecked(ours[key])
     }
 
 
