@@ -325,6 +325,19 @@ def test_weak_keys(key: str | bytes) -> None:
         signer(previous_secret_keys=[OTHER_KEY, key])
 
 
+def test_a_key_from_the_environment() -> None:
+    """Bytes that are no text come from the environment as surrogates, and are a key like any others; other surrogates
+    are refused without being shown (R10).
+    """
+    key = secrets.token_bytes(64)
+    cookie = signer(key).sign(CREDENTIAL)
+    assert signer(os.fsdecode(key)).unsign(cookie.encode()) == (CREDENTIAL, False)
+    with pytest.raises(ConfigurationError, match=r"^secret_key has a lone surrogate") as caught:
+        signer(KEY + "\ud800")
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
 @pytest.mark.parametrize("key", [None, 1, ["a" * 32]], ids=repr)
 def test_no_key(key: Any) -> None:
     """What is no key is refused by its type: None is what an unset variable gives."""

@@ -182,8 +182,12 @@ def _checked(secret_key: str | bytes | Secret, name: str) -> bytes:
     """Return the key as bytes, or say what is wrong with it without showing it (ASVS 5 §13.2.3, R10)."""
     if not isinstance(secret_key, (str, bytes, Secret)):
         raise ConfigurationError(f"{name} must be str, bytes or Secret, not {type(secret_key).__name__}")
-    key = secret_key if isinstance(secret_key, bytes) else str(secret_key).encode()
     remedy = 'make one with: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+    try:
+        # Of bytes that are no text `os.environ` makes surrogates.
+        key = secret_key if isinstance(secret_key, bytes) else str(secret_key).encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"{name} has a lone surrogate, which is no character: {remedy}") from None
     if len(key) < MIN_KEY_BYTES:
         raise ConfigurationError(f"{name} has {len(key)} bytes; at least {MIN_KEY_BYTES} are needed: {remedy}")
     if len(set(key)) < _MIN_SYMBOLS or any(part in key.lower() for part in _PLACEHOLDERS):
