@@ -649,6 +649,23 @@ async def test_login_begins_the_absolute_timeout(site: Site) -> None:
     assert (await site.record()).authenticated_at == site.clock()
 
 
+async def test_unbinding_begins_the_absolute_timeout(site: Site) -> None:
+    """What stays when the user goes lives on, however long ago the visitor had come; it is nobody's login (R34)."""
+    site = site.reconfigured(absolute_timeout=timedelta(hours=12))
+    browser = await site.visitor(change(cart=[1]))
+    site.clock.advance(hours=11)
+    await browser.visit(change(user_id="ada"))
+    site.clock.advance(hours=2)
+    await browser.visit(lambda request: request.session.pop("user_id") and None)
+    site.clock.advance(hours=11, minutes=59)
+    assert (await browser.visit(lambda request: [dict(request.session), request.session.authenticated_at])).json() == [
+        {"cart": [1]},
+        None,
+    ]
+    site.clock.advance(minutes=1)
+    assert (await browser.visit(read)).json() == {}
+
+
 async def test_shorter_timeouts(site: Site) -> None:
     """Shortening a timeout in the configuration ends existing sessions; lengthening it revives none (R38)."""
     browser = await site.visitor()
@@ -777,7 +794,7 @@ async def test_unbinding(site: Site) -> None:
     await browser.visit(lambda request: request.session.pop("user_id") and None)
     assert (site.statements, site.kinds) == (["SELECT", "UPDATE"], ["renewed", "unbound"])
     record = await site.record()
-    assert (record.user_id, record.authenticated_at) == (None, None)
+    assert (record.user_id, record.authenticated_at) == (None, site.clock())
     assert (await browser.visit(read)).json() == {"theme": "dark"}
     assert (await thief.visit(read)).json() == {}
 
@@ -1371,6 +1388,33 @@ async def test_two_sessions(site: Site) -> None:
     assert (await browser.visit(read)).json() == {"n": "inner"}
     browser.app = SessionMiddleware(serve, backend=site.backend, **site.options | {"cookie_name": "outer"})
     assert (await browser.visit(read)).json() == {"n": "outer", "late": "outer"}
+
+
+async def test_an_application_that_is_called_again(site: Site) -> None:
+    """What calls the application again, as a retry does, has its session again, and no logout is passed over."""
+
+    async def forget(message: Any) -> None: ...
+
+    async def twice(scope: Any, receive: Any, send: Any) -> None:
+        await site.app(scope, receive, forget)
+        await site.app(scope, receive, send)
+
+    def count(request: Request) -> None:
+        request.session["n"] += 1
+
+    browser = await site.visitor()
+    browser.app = twice
+    await browser.visit(count)
+    assert (await browser.visit(read)).json() == {"n": 3}
+    looks: list[object] = []
+
+    def log_out_at_second_sight(request: Request) -> None:
+        looks.append(read(request))
+        if len(looks) > 1:
+            request.session.clear()
+
+    answer = await browser.visit(log_out_at_second_sight)
+    assert (len(answer.set_cookies), await site.records()) == (1, [])
 
 
 async def test_what_the_application_notes_in_its_scope(site: Site) -> None:

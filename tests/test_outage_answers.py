@@ -169,6 +169,39 @@ async def test_the_first_use_of_a_session_that_could_not_be_loaded(site: Site, e
     assert await browser.data() == {"cart": [1]}
 
 
+class Numbered(BackendError):
+    """An error of somebody's own backend, made from something else than a message."""
+
+    def __init__(self, host: str, *, port: int) -> None:
+        super().__init__(f"{host}:{port}")
+
+
+async def test_an_error_of_somebodys_own_backend(site: Site) -> None:
+    """Whatever it is made from, it is a 503 as well (R76)."""
+    browser = await site.filled(cart=[1])
+    site.backend.failing["load"] = Numbered("db.internal", port=5432)
+    assert is_a_plain_503(await browser.do(read))
+
+
+async def test_errors_of_several_tasks(site: Site) -> None:
+    """A task group raises its errors as one: that is a 503 if all are ours, and else the application's to hear."""
+    browser = await site.filled(n=0)
+    site.backend.failing["replace"] = BackendUnavailable()
+
+    async def bug(_: Session) -> None:
+        raise LookupError
+
+    async def together(session: Session, *works: Callable[[Session], Any]) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for work in works:
+                tasks.create_task(work(session))
+
+    assert is_a_plain_503(await browser.do(lambda session: together(session, count, count)))
+    with pytest.raises(ExceptionGroup) as caught:
+        await browser.do(lambda session: together(session, bug, count))
+    assert caught.group_contains(LookupError)
+
+
 async def test_routes_without_a_session_do_not_care(site: Site) -> None:
     """A route that never touches the session answers as ever, without a Vary or a cookie (R77)."""
     browser = await site.filled(cart=[1])
@@ -578,6 +611,24 @@ async def test_a_second_try_of_loading(site: Site) -> None:
         return dict(await load_session(request))
 
     assert (await browser.visit(try_again)).json() == {"cart": [1]}
+
+
+async def test_a_reload_after_a_failure(lenient: Site) -> None:
+    """reload() asks for a session that could not be loaded before, as a WebSocket does that outlives an outage."""
+    browser = await lenient.filled(cart=[1])
+    lenient.backend.failing["load"] = BackendTimeout()
+
+    async def outlive(request: Request) -> Any:
+        session: Session = request.session  # type: ignore[assignment]
+        seen = [session.copy()]
+        for failing in (True, False):
+            if not failing:
+                lenient.backend.failing.clear()
+            await session.reload()
+            seen.append(session.copy())
+        return seen
+
+    assert (await browser.visit(outlive)).json() == [{}, {}, {"cart": [1]}]
 
 
 async def test_no_second_try_after_a_deadline(site: Site) -> None:

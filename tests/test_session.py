@@ -437,6 +437,18 @@ async def test_no_new_session_after_the_headers(memory: Site, action: Callable[[
     assert (refused, answer.set_cookie, memory.statements) == ([{}], None, [])
 
 
+async def test_nothing_to_pop_after_the_headers(memory: Site) -> None:
+    """An empty session has no last item, then as before."""
+
+    def late(session: Session) -> None:
+        with pytest.raises(KeyError):
+            session.popitem()
+        with pytest.raises(KeyError):
+            session.pop("n")
+
+    await memory.browser().visit(afterwards(len, late))
+
+
 @pytest.mark.parametrize("action", COOKIE_NEEDED.values(), ids=COOKIE_NEEDED)
 async def test_no_new_cookie_after_the_headers(site: Site, action: Callable[[Session], object]) -> None:
     """What would need a new cookie is refused at once, and an update is refused as a whole (R58)."""

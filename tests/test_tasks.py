@@ -6,9 +6,12 @@ One waits at a gate in front of its statement, or behind it; another goes on mea
 import asyncio
 import copy
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from starlette.responses import Response
 
 from sqlsessions import Session, SessionGone, SQLAlchemyBackend, load_session
 from sqlsessions.backends.memory import InMemoryBackend
@@ -310,6 +313,41 @@ async def test_what_was_dropped_is_not_taken_along(site: Site) -> None:
     assert await browser.data() == {"user_id": "bob"}
 
 
+async def test_what_the_former_user_did_meanwhile(site: Site) -> None:
+    """What another request of the former user has stored since stays behind, under whatever key it is (R44)."""
+    browser = await site.filled(user_id="ada", role="member")
+    other = browser.twin()
+
+    async def log_in(session: Session) -> None:
+        session["role"] = "member"
+        session.pop("flash", None)
+        with suppress(KeyError):
+            del session["flash"]
+        session.login("bob")
+        await other.do(lambda ada: ada.update(role="admin", flash="Ada's"))
+
+    await browser.do(log_in)
+    assert await browser.data() == {"user_id": "bob", "role": "member"}
+
+
+async def test_what_was_overwritten_before_the_users_were_exchanged(site: Site) -> None:
+    """What this request set for the former user, and another one has changed since, is the former user's (R44)."""
+    browser = await site.filled(user_id="ada")
+    other = browser.twin()
+
+    async def log_in(session: Session) -> None:
+        session["note"] = "ours"
+        await session.save()
+        await other.do(lambda ada: ada.update(note="Ada's"))
+        session["n"] = 1
+        await session.save()
+        assert session["note"] == "Ada's"
+        session.login("bob")
+
+    await browser.do(log_in)
+    assert await browser.data() == {"user_id": "bob", "n": 1}
+
+
 async def test_a_user_of_two_keys(site: Site) -> None:
     """Where the user is in several keys, all of them have to be set: else it would be nobody's session."""
 
@@ -338,6 +376,106 @@ async def test_a_logout_while_users_are_exchanged(site: Site) -> None:
 
     await browser.do(while_it_waits(site, "delete", log_in, Session.clear))
     assert (await site.records(), browser.cookies) == ([], {})
+
+
+# What is asked for while the same is under way.
+
+
+async def begin_anew(session: Session) -> None:
+    """End the session, and commit another."""
+    session.clear()
+    session["order"] = 1
+    await session.save()
+
+
+async def test_a_second_end_meanwhile(site: Site) -> None:
+    """A session that ends once more while what followed its first end is committed has ended, also on a 5xx (R28)."""
+    browser = await site.filled(x=1)
+    await browser.do(while_it_waits(site, "insert", begin_anew, Session.clear), status=500)
+    assert await site.records() == []
+
+
+def stay(session: Session) -> None:
+    """Ask for a cookie that outlives the browser."""
+    session.persistent = True
+
+
+@pytest.mark.parametrize("status", [200, 500])
+async def test_a_setting_meanwhile(site: Site, status: int) -> None:
+    """What is asked for while a new session is committed is another matter: what was committed stays, on a 5xx, too."""
+    browser = await site.filled(x=1)
+    await browser.do(while_it_waits(site, "insert", begin_anew, stay), status=status)
+    assert site.backend.calls == ["load", "delete", "insert", *(["replace"] if status == 200 else [])]
+    (record,) = await site.records()
+    assert (record.data, record.persistent) == ('{"order":1}', status == 200)
+    assert await browser.data() == {"order": 1}
+
+
+async def test_timeouts_meanwhile(site: Site) -> None:
+    """A timeout that is set while another one is committed is committed after it."""
+    browser = await site.filled(x=1)
+
+    async def work(session: Session) -> None:
+        session.set_timeouts(idle=timedelta(hours=1))
+        await session.save()
+
+    await browser.do(
+        while_it_waits(site, "replace", work, lambda session: session.set_timeouts(idle=timedelta(hours=2)))
+    )
+    (record,) = await site.records()
+    assert record.idle_timeout == 7200
+
+
+async def test_a_5xx_while_the_secret_is_renewed(site: Site) -> None:
+    """A 5xx takes the cookie of a commit along that is under way: the browser would be nobody from then on."""
+    browser = await site.filled(cart=[1])
+    saves: list[asyncio.Task[None]] = []
+
+    async def give_up(session: Session) -> None:
+        session.login("ada")
+        gate = site.backend.gate("replace")
+        saves.append(asyncio.create_task(session.save()))
+        await gate.full()
+        asyncio.get_running_loop().call_soon(gate.open)
+
+    await browser.do(give_up, status=504)
+    await asyncio.gather(*saves)
+    assert await browser.data() == {"cart": [1], "user_id": "ada"}
+
+
+# Work on a session that is not stored.
+
+
+async def test_a_clear_before_atomic(site: Site) -> None:
+    """What atomic() has committed stays, where there had been nothing for clear() to end."""
+    browser = site.browser()
+
+    async def begin(session: Session) -> None:
+        session.clear()
+        assert await session.atomic(lambda data: data | {"n": 1}) == {"n": 1}
+        assert session == {"n": 1}
+
+    await browser.do(begin)
+    assert await browser.data() == {"n": 1}
+
+
+@pytest.mark.parametrize("do", [Session.clear, lambda session: session.login("eve")])
+async def test_what_was_asked_for_before_the_session_could_be_loaded(site: Site, do: Do) -> None:
+    """An end or a login is not turned into its opposite by a second try to load, after the first one failed (R28)."""
+    anonymous = site.reconfigured(on_unavailable="anonymous")
+    browser = (await site.filled(user_id="ada")).twin(anonymous.app)
+    before = await site.records()
+
+    async def handler(request: Request) -> Response:
+        do(request.session)
+        site.backend.failing.clear()
+        await load_session(request)
+        return Response()
+
+    site.backend.failing["load"] = BackendUnavailable("down")
+    answer = await browser.visit(handler)
+    assert (answer.status, await site.records()) == (503, before)
+    assert await browser.data() == {"user_id": "ada"}
 
 
 # The end of a session whose request fails.

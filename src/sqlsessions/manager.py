@@ -251,6 +251,8 @@ class Visit:
     refusal: BackendError | SessionConflict | SessionGone | None = None
     #: What the response must tell the browser; later commits replace it.
     cookie: CookieChange | None = None
+    #: Whether the application has ended, so that whoever calls it again begins anew.
+    over = False
 
     _session: Callable[[], Session | None]
 
@@ -309,7 +311,7 @@ class Visit:
                 "(autoload_cookie=False, or the path is in skip)"
             )
         if self._failure is not None and self._manager.on_unavailable == "raise":
-            self.refusal = type(self._failure)(*self._failure.args)
+            self.refusal = self._failure.with_traceback(None)
             raise self.refusal
 
     def user_of(self, data: Mapping[str, Any]) -> str | None:
@@ -371,9 +373,11 @@ class Visit:
         return session
 
     def _worth_another_try(self, session: Session) -> bool:
-        """Tell whether a load that failed may be tried again: what was written since would be lost."""
+        """Tell whether a load that failed may be tried again: what was written or asked for since would be lost."""
         failure = self._failure
-        return failure is not None and not isinstance(failure, BackendTimeout) and session.written == self._written
+        if failure is None or isinstance(failure, BackendTimeout):
+            return False
+        return session.written == self._written and session.marks is UNMARKED
 
     async def save(self) -> None:
         """Commit now. Raises `SessionGone` if the session has ended."""
@@ -389,6 +393,9 @@ class Visit:
         session.marks, session.assigned = UNMARKED, None
         if self.record is None:
             dict.clear(session)
+            if self._failure is not None:
+                self._loaded = False
+                await self.load()
         else:
             # Dropped at once: what is set until the row has come is on top of that.
             self._put(decode(self.record.data))
@@ -396,17 +403,20 @@ class Visit:
 
     async def atomic(self, change: Change) -> dict[str, Any]:
         """Apply *change* to what is stored and commit it; see `Session.atomic`."""
-        if self.session.marks.ended:
+        session = self.session
+        if session.marks.ended:
             await self.commit()
         await self._previous()
         self._check_writable()
         self._check_there(ended=False)
+        if self.record is None and session.marks.ended:  # there was nothing to end
+            session.marks = session.marks._replace(ended=0)
         result: dict[str, Any] = {}
 
         async def apply() -> None:
             result.update(await (self._begin_with(change) if self.record is None else self._swap_in(change)))
 
-        await self._whole(apply(), self.session)
+        await self._whole(apply(), session)
         return result
 
     async def commit(self, *, failed: bool = False) -> None:
@@ -424,13 +434,14 @@ class Visit:
         It raises `SessionGone` when the session ended meanwhile and a change was dropped, `SessionConflict`,
         `HeadersSent`, `InvalidData` or `BackendError`; nothing was written then, but for what had to be deleted.
         """
-        previous = self._commit
+        previous = None if self._commit is None or self._commit.over else self._commit
         if not self._loaded or (self._failure is not None and not session.accessed):
             return None
-        if failed and not session.marks.ended:
+        # A 5xx, too, waits for what is under way: without the cookie that it may make the browser would be nobody.
+        if failed and not session.marks.ended and previous is None:
             return None
         work: Work | None
-        if previous is not None and not previous.over:
+        if previous is not None:
             # As one piece: a logout stays one whose caller is cancelled once more while it waits its turn.
             work = self._follow(previous, session, failed=failed, may_touch=may_touch)
         elif self._nothing_owed(session):
@@ -500,6 +511,10 @@ class Visit:
             return False
         return not (session.accessed and manager.timeouts.touch_due(record, manager.clock()))
 
+    def _passes_on(self, record: Record, data: Mapping[str, Any]) -> bool:
+        """Tell whether *data* makes the session of the user of *record* somebody else's."""
+        return record.user_id is not None and self.user_of(data) not in (None, record.user_id)
+
     def _put(self, data: Mapping[str, Any]) -> None:
         """Make *data* the session's, whatever is stored."""
         session = self.session
@@ -560,13 +575,13 @@ class Visit:
         facts = Facts(
             stored=record is not None,
             gone=self._gone is not None,
-            ended=marks.ended,
+            ended=bool(marks.ended),
             failed=failed,
             empty=empty,
             changed=changed,
             switched=not quiet and before is not None and user is not None and user != before,
             renewed=not quiet and (user != before or marks.renew or marks.login is not None),
-            settings=marks.timeouts or marks.persistent is not None,
+            settings=marks.idle_timeout is not None or marks.persistent is not None,
             # Any change is a sign of use as well.
             touch_due=not changed and self._touch_due(session, now) and may_touch(),
         )
@@ -606,8 +621,8 @@ class Visit:
         if not await self._performing(draft, session):
             draft = await self._perform_in_turn(session, failed=failed, may_touch=may_touch)
         # The handler may have gone on meanwhile, and asked for more, such as an end: that is still owed.
-        if draft.marks is not UNMARKED and session.marks == draft.marks:
-            session.marks = UNMARKED
+        if draft.marks is not UNMARKED:
+            session.marks = session.marks.since(draft.marks)
 
     async def _perform_in_turn(self, session: Session, *, failed: bool, may_touch: Callable[[], bool]) -> "_Draft":
         record_id = self.record.id if self.record else None
@@ -680,7 +695,7 @@ class Visit:
             last_seen_at=draft.now,
             expires_at=draft.now,
             authenticated_at=draft.now if draft.user is not None else None,
-            idle_timeout=marks.idle_timeout,
+            idle_timeout=marks.idle_timeout or None,
             persistent=manager.persistent if marks.persistent is None else marks.persistent,
             client=self._client(),
         )
@@ -738,21 +753,21 @@ class Visit:
         ``expires_at`` is indexed: it moves only when a touch is due, so that on PostgreSQL most updates stay heap-only.
         """
         marks, timeouts = draft.marks, self._manager.timeouts
-        renewed = draft.action is Action.RENEW
+        renewed, timed = draft.action is Action.RENEW, marks.idle_timeout is not None
         record = before.written(draft.text)
         if renewed or marks is not UNMARKED or draft.user != before.user_id:
             record = record._replace(
                 secret_hash=secret_hash,
                 user_id=draft.user,
                 authenticated_at=_authenticated_at(before, draft),
-                idle_timeout=marks.idle_timeout if marks.timeouts else before.idle_timeout,
+                idle_timeout=marks.idle_timeout or None if timed else before.idle_timeout,
                 persistent=before.persistent if marks.persistent is None else marks.persistent,
             )
-        if renewed or marks.timeouts or timeouts.touch_due(before, draft.now):
+        if renewed or timed or timeouts.touch_due(before, draft.now):
             record = record._replace(last_seen_at=max(before.last_seen_at, draft.now))
             until = timeouts.expires_at(record)
             # Only an idle timeout of the session's own, or the loss of its user, may shorten what was promised.
-            shorter = marks.timeouts or (draft.user is None and before.user_id is not None)
+            shorter = timed or (draft.user is None and before.user_id is not None)
             record = record._replace(expires_at=until if shorter else max(before.expires_at, until))
         return record
 
@@ -815,12 +830,16 @@ class Visit:
             record = await self._manager.backend.load(credential.id, now)
             # As they are now: the handler may have gone on while this waited.
             ours = dict(session.items())
+            passed_on = self._passes_on(before, ours)
             refusal = self._take(record, credential, session, now)
         except _CORRUPT:
             refusal = "corrupt"
         else:
             if refusal is None:
-                self._merge(decode(before.data), dict(session.items()), ours)
+                if passed_on:
+                    self._put(ours)  # and nothing of theirs: it is the former user's (R44)
+                else:
+                    self._merge(decode(before.data), dict(session.items()), ours)
                 return
         raise self._lost(session, refusal if refusal in ("superseded", "corrupt") else "gone")
 
@@ -828,7 +847,14 @@ class Visit:
         """Make *theirs* the session's, with what *ours* changes of the *baseline* on top. Into a session that a handler
         has ended meanwhile, nothing comes back (R28).
         """
-        self._put(ours if self.session.marks.ended else merge(baseline, theirs, ours))
+        session = self.session
+        if session.marks.ended:
+            self._put(ours)
+            return
+        if session.assigned:
+            # Of those that theirs takes the place of, the value is not the handler's own any more.
+            session.assigned -= changed_keys(baseline, theirs) - changed_keys(baseline, ours)
+        self._put(merge(baseline, theirs, ours))
 
     async def _begin_with(self, change: Change) -> dict[str, Any]:
         """Create the session with what *change* makes of nothing; pending keys follow with the next commit."""
@@ -967,8 +993,6 @@ def _apply(change: Change, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _authenticated_at(before: Record, draft: _Draft) -> datetime | None:
-    if draft.user is None:
-        return None
     return draft.now if draft.user != before.user_id or draft.marks.login is not None else before.authenticated_at
 
 

@@ -181,11 +181,15 @@ class SessionMiddleware:
         else:
             if (ending := exchange.ending()) is not None:
                 await ending
+        finally:
+            visit.over = True
 
     def _has_been_here(self, visits: Mapping[str, Visit]) -> bool:
         """Tell whether a middleware around this one serves our cookie; warn if it does from another backend."""
         visit = visits.get(self._cookie.name)
-        if visit is not None and visit.backend is not self._manager.backend and not self._warned_of_another:
+        if visit is None or visit.over:
+            return False
+        if visit.backend is not self._manager.backend and not self._warned_of_another:
             self._warned_of_another = True
             logger.warning(
                 "sqlsessions: a SessionMiddleware around another one has the same cookie, %r, and another backend: the "
@@ -193,7 +197,7 @@ class SessionMiddleware:
                 self._cookie.name,
                 visit.backend,
             )
-        return visit is not None
+        return True
 
     def _set_cookie(self, scope: Scope, root_path: str, change: CookieChange) -> bytes:
         """Return the Set-Cookie header for *change*."""
@@ -329,12 +333,11 @@ class _Exchange:
             await self._answer(self._failure)
             return
         await self._end()
-        if not isinstance(error, _ANSWERED):
-            raise error
-        if not self._begun:
-            await self._answer(error)
-        elif self._scope["type"] == "websocket" and not self._closed:
-            await self._send(_closing(error))
+        ours = _ours(error)
+        if ours is not None and not self._begun:
+            await self._answer(ours)
+        elif ours is not None and self._scope["type"] == "websocket" and not self._closed:
+            await self._send(_closing(ours))
         else:
             raise error
 
@@ -369,6 +372,8 @@ class _Exchange:
 
     async def _end(self) -> None:
         """End the session if that was asked for: whatever else cannot be stored, and whatever the response is."""
+        if not self._session.marks.ended:
+            return
         try:
             await self._visit.commit(failed=True)
         except _ANSWERED:
@@ -426,6 +431,16 @@ class _Exchange:
         if self._visit.cookie is not None and message["type"] in _BEGINNINGS:
             message = {**message, "headers": self._dressed(list(message.get("headers", ())))}
         await self._send(message)
+
+
+def _ours(error: BaseException) -> Exception | None:
+    """Return the error of ours that *error* is: by itself, or in a group that has nothing else, as several tasks raise
+    it.
+    """
+    if not isinstance(error, BaseExceptionGroup):
+        return error if isinstance(error, _ANSWERED) else None
+    found = [_ours(each) for each in error.exceptions]
+    return None if None in found else found[0]
 
 
 def _comes_of(error: BaseException | None, refusal: Exception | None) -> bool:

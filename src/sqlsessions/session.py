@@ -22,14 +22,20 @@ CONSTANT = frozenset({str, int, float, bool, type(None)})
 class Marks(NamedTuple):
     """What a handler asked for besides data; carried out at the next commit."""
 
-    ended: bool = False
+    #: How often it was to end: once more while a commit is under way is another end.
+    ended: int = 0
     renew: bool = False
     #: The user given to ``login()``.
     login: str | None = None
-    #: The seconds given to ``set_timeouts()``; ``timeouts`` tells whether it was called.
+    #: The seconds given to ``set_timeouts()``, 0 for the configured ones; None if it was not called.
     idle_timeout: int | None = None
-    timeouts: bool = False
     persistent: bool | None = None
+
+    def since(self, done: "Marks") -> "Marks":
+        """Return what was asked for after *done* had been, which is not asked for any more."""
+        defaults = self._field_defaults.items()
+        left = self._replace(**{name: none for name, none in defaults if getattr(self, name) == getattr(done, name)})
+        return UNMARKED if left == UNMARKED else left
 
 
 #: Of a session of which nothing was asked.
@@ -144,7 +150,7 @@ class Session(dict[str, Any]):
         this.
         """
         record = self._seen()
-        return record.authenticated_at if record else None
+        return record.authenticated_at if record and record.user_id is not None else None
 
     def authenticated_within(self, span: timedelta) -> bool:
         """Tell whether the session is bound to a user, and was no longer than *span* ago: ask for the password again
@@ -216,7 +222,7 @@ class Session(dict[str, Any]):
         new session.
         """
         self.mark_accessed()
-        self.marks = Marks(ended=True)
+        self.marks = Marks(ended=self.marks.ended + 1)
         super().clear()
 
     def clear(self) -> None:
@@ -228,8 +234,7 @@ class Session(dict[str, Any]):
         self._before_write()
         if idle is not None and not timedelta(seconds=1) <= idle <= timedelta(days=20_000):
             raise InvalidData(f"the idle timeout must be from one second to 20,000 days, not {idle!r}")
-        seconds = None if idle is None else int(idle.total_seconds())
-        self.marks = self.marks._replace(idle_timeout=seconds, timeouts=True)
+        self.marks = self.marks._replace(idle_timeout=0 if idle is None else int(idle.total_seconds()))
 
     async def save(self) -> None:
         """Commit now what would otherwise be committed with the response; after the headers the way to commit before
@@ -349,7 +354,8 @@ class Session(dict[str, Any]):
 
     def popitem(self) -> tuple[str, Any]:
         """Remove and return the item set last."""
-        self._before_write(next(reversed(self), ""))
+        if self:
+            self._before_write(next(reversed(self)))
         return super().popitem()
 
     def setdefault(self, key: str, default: Any = None, /) -> Any:
