@@ -178,6 +178,7 @@ CACHE_CONTROL: dict[str, tuple[list[str], list[str], bool]] = {
     "only some fields": (['private="x-name, x-other"'], ["private, no-store"], False),
     "no-cache": (["no-cache"], ["private, no-store"], False),
     "no-cache, stale": (["no-cache, max-age=0, must-revalidate"], ["private, no-store"], False),
+    "public, no-cache": (["public, no-cache"], ["private, no-store"], False),
     "stale": (["max-age=0, must-revalidate"], ["private, no-store"], False),
     "stale for others": (["max-age=60, s-maxage=0"], ["private, no-store"], False),
     "no-transform": (["no-transform"], ["private, no-store"], False),

@@ -918,6 +918,36 @@ async def test_user_function(site: Site) -> None:
     assert (await browser.visit(read)).json() == {"n": 1, "user": {}}
 
 
+@pytest.mark.parametrize("user_key", ["sub", lambda data: data.get("sub")], ids=["key", "function"])
+async def test_a_user_key_that_is_new(site: Site, user_key: Any) -> None:
+    """A session of before is bound when it is next used, and not only when it is changed: revoke_all would miss it."""
+    browser = await site.reconfigured(user_key=None).visitor(change(sub="ada"))
+    assert (await site.record()).user_id is None
+    browser.app = site.reconfigured(user_key=user_key).app
+    answer = await browser.visit(read)
+    assert ((await site.record()).user_id, len(answer.set_cookies)) == ("ada", 1)
+    assert (await browser.visit(read)).json() == {"sub": "ada"}
+
+
+async def test_limits_that_are_lowered(site: Site) -> None:
+    """What is stored already is read as ever, values in which it could be changed, too."""
+    browser = await site.visitor(change(a=[1], b=2, c=3))
+    before = await site.record()
+    browser.app = site.reconfigured(max_keys=2, max_bytes=10).app
+    assert (await browser.visit(lambda request: request.session["a"])).json() == [1]
+    assert await site.record() == before
+
+
+async def test_a_clock_that_is_behind(site: Site) -> None:
+    """A host whose clock is behind takes nothing back: neither the last use of a session nor its end (R37)."""
+    browser = await site.reconfigured(cookie_persistent=True).visitor(change(user_id=1))
+    before = await site.record()
+    site.clock.advance(minutes=-10)
+    await browser.visit(lambda request: request.session.login(1))
+    after = await site.record()
+    assert (after.last_seen_at, after.expires_at) == (before.last_seen_at, before.expires_at)
+
+
 async def test_user_function_and_login(site: Site) -> None:
     """login() of one user while the function finds another is refused rather than guessed at."""
 

@@ -253,14 +253,25 @@ async def test_the_applications_own_page(site: Site, handled: Any) -> None:
     assert answer.set_cookies == []
 
 
+async def relayed(request: Request) -> Any:
+    """Update the session, and raise an error of the application's own from ours."""
+    try:
+        await updated(request)
+    except BackendUnavailable as error:
+        raise LookupError from error
+
+
+async def updated(request: Request) -> Any:
+    """Update the session."""
+    return await request.session.atomic(lambda data: data | {"n": 1})  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("verb", ["load", "replace"])
-async def test_a_mounted_application_with_an_error_page_of_its_own(site: Site, verb: str) -> None:
+@pytest.mark.parametrize("handler", [updated, relayed])
+async def test_a_mounted_application_with_an_error_page_of_its_own(site: Site, verb: str, handler: Any) -> None:
     """A FastAPI application mounted below ours turns what it does not know into a 500; the browser still gets a 503."""
     inner, outer = FastAPI(), FastAPI()
-
-    @inner.get("/")
-    async def index(request: Request) -> Any:
-        return await request.session.atomic(lambda data: data | {"n": 1})  # type: ignore[attr-defined]
+    inner.get("/")(handler)
 
     outer.mount("/inner", inner)
     site.app.app = outer
@@ -489,6 +500,22 @@ async def test_each_error_of_a_commit(site: Site, do: Do, verb: str, error: type
     site.backend.failing[verb] = error(SECRETS)
     assert is_a_plain_503(await browser.do(do))
     assert [(event.kind, event.detail) for event in site.events] == [("unavailable", error.__name__)]
+
+
+async def test_a_cancellation_after_a_commit_that_failed(site: Site) -> None:
+    """A request that is cancelled is not answered instead (R71)."""
+    browser = await site.filled(cart=[1])
+    site.backend.failing["replace"] = BackendUnavailable(SECRETS)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["session"]["late"] = True
+        with suppress(Exception):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise asyncio.CancelledError
+
+    site.app.app = app
+    with pytest.raises(asyncio.CancelledError):
+        await browser.visit()
 
 
 async def test_an_answer_to_head_has_no_body(site: Site) -> None:

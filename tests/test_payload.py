@@ -169,6 +169,16 @@ def test_refused(value: object) -> None:
         encode({"cart": [0, {"x": value}]}, ROOMY)
 
 
+@pytest.mark.parametrize("value", REFUSED.values(), ids=REFUSED)
+def test_refused_within_what_was_stored(value: object) -> None:
+    """So is what a handler puts into a value that it was lent: that is the same object still."""
+    known = '{"cart":[0,{"x":"stored"}]}'
+    stored = decode(known)
+    stored["cart"][1]["x"] = value
+    with pytest.raises(InvalidData, match=r"session\['cart'\]\[1\]\['x'\]"):
+        encode(dict(stored), ROOMY, known=known, stored=stored, lent=True)
+
+
 @pytest.mark.parametrize("key", [1, None, True, 1.5, (1,), b"k", Text("k"), Name.ME], ids=repr)
 def test_keys_refused(key: object) -> None:
     """Keys are str: others would turn into one, and 1 and "1" into the same (R95)."""
@@ -176,6 +186,10 @@ def test_keys_refused(key: object) -> None:
         encode({key: 1, "1": 2}, ROOMY)  # type: ignore[dict-item]
     with pytest.raises(InvalidData, match=r"^session\['a'\]\[0\] has the key"):
         encode({"a": [{key: 1}]}, ROOMY)
+    stored = decode('{"a":[{}]}')
+    stored["a"][0][key] = 1
+    with pytest.raises(InvalidData, match=r"^session\['a'\]\[0\] has the key"):
+        encode(dict(stored), ROOMY, known='{"a":[{}]}', stored=stored, lent=True)
 
 
 def test_surrogate_in_key() -> None:

@@ -156,6 +156,62 @@ async def test_what_is_set_while_a_lost_race_is_made_good(site: Site) -> None:
     assert await slow.data() == {"n": 1, "saved": True, "theirs": True, "late": True}
 
 
+async def test_a_logout_while_a_lost_race_is_made_good(site: Site) -> None:
+    """Into a session that ends while another's change is merged into it, that does not come back (R28)."""
+    browser = await site.filled(n=1)
+    other = browser.twin()
+
+    async def handle(session: Session) -> None:
+        writing, merging = site.backend.gate("replace"), None
+        task = asyncio.ensure_future(save(session))
+        await writing.full()
+        theirs = asyncio.ensure_future(other.do(lambda session: session.update(theirs=True)))
+        await theirs
+        merging = site.backend.gate("load", after=True)
+        writing.open()
+        await merging.full()
+        session.clear()
+        merging.open()
+        await task
+
+    await browser.do(handle)
+    assert (await site.records(), browser.cookies) == ([], {})
+
+
+async def test_a_reload(site: Site) -> None:
+    """reload() drops what was set, deleted and changed within, and what others have stored since is there."""
+    browser = await site.filled(n=1, cart=[1], kept=True)
+    other = browser.twin()
+
+    async def handle(session: Session) -> None:
+        session["n"] = session["m"] = 2
+        session["cart"].append(2)
+        del session["kept"]
+        session.persistent = True
+        await other.do(lambda session: session.update(theirs=True))
+        await session.reload()
+        assert session == {"n": 1, "cart": [1], "kept": True, "theirs": True}
+        assert not session.modified
+
+    await browser.do(handle)
+    assert site.backend.calls[-1] == "load"
+    assert await browser.data() == {"n": 1, "cart": [1], "kept": True, "theirs": True}
+
+
+async def test_a_reload_of_nothing(site: Site) -> None:
+    """reload() of a session that is not stored empties it."""
+
+    async def handle(session: Session) -> None:
+        session["n"] = 1
+        session.login("ada")
+        await session.reload()
+        assert session == {}
+
+    browser = site.browser()
+    await browser.do(handle)
+    assert (await site.records(), browser.cookies) == ([], {})
+
+
 async def test_a_reload_beside_a_save(site: Site) -> None:
     """A reload() that began before a save() does not bring back what was stored then."""
     browser = await site.filled(n=1)
@@ -208,6 +264,41 @@ async def test_what_is_set_after_it_was_told_gone(site: Site) -> None:
         assert (await browser.do(handle)).status == status
         assert site.kinds == ["revoked", "gone", "gone"]
         assert await site.records() == []
+
+
+@pytest.mark.parametrize("on_gone", ["drop", "raise"])
+async def test_what_begins_after_it_was_told_gone(site: Site, on_gone: str) -> None:
+    """A handler that was told so may begin anew: clear() is no end of what it sets then (R28)."""
+    browser = await site.filled(n=1)
+
+    async def handle(session: Session) -> None:
+        await browser.twin().do(Session.clear)
+        session["n"] = 2
+        with pytest.raises(SessionGone):
+            await session.save()
+        session.clear()
+        with pytest.raises(SessionGone):
+            await session.reload()
+        session.clear()
+        session["new"] = 1
+        await session.save()
+        session["newer"] = 2
+
+    browser.app = site.reconfigured(on_gone=on_gone).app
+    assert (await browser.do(handle)).status == 200
+    assert await browser.data() == {"new": 1, "newer": 2}
+
+
+@pytest.mark.parametrize("on_gone", ["drop", "raise"])
+async def test_two_logouts(site: Site, on_gone: str) -> None:
+    """Of two logouts at once each makes its browser forget the cookie: ending what has ended is no conflict (R28)."""
+    slow = await site.filled(n=1)
+    slow.app = site.reconfigured(on_gone=on_gone).app
+    fast = slow.twin()
+    async with site.backend.hold("delete", slow.do(Session.clear)) as request:
+        await fast.do(Session.clear)
+    answer = await request
+    assert (answer.status, len(answer.set_cookies), slow.cookies) == (200, 1, {})
 
 
 async def test_two_tasks_that_load(site: Site) -> None:
@@ -409,6 +500,35 @@ async def test_a_setting_meanwhile(site: Site, status: int) -> None:
     (record,) = await site.records()
     assert (record.data, record.persistent) == ('{"order":1}', status == 200)
     assert await browser.data() == {"order": 1}
+
+
+@pytest.mark.parametrize("user_key", ["user_id", None])
+@pytest.mark.parametrize("end", [Session.clear, lambda session: session.login("bob")], ids=["logout", "login"])
+async def test_an_end_while_the_secret_is_renewed(site: Site, user_key: str | None, end: Do) -> None:
+    """A logout or another login that comes while a renewal is committed is not taken for done with that (R28)."""
+    browser = Browser(site.reconfigured(user_key=user_key).app)
+    await browser.do(lambda session: session.login("ada"))
+
+    async def work(session: Session) -> None:
+        session.renew()
+        await session.save()
+
+    await browser.do(while_it_waits(site, "replace", work, end))
+    assert [record.user_id for record in await site.records()] == ([] if end is Session.clear else ["bob"])
+
+
+async def test_an_end_of_what_was_begun_here(site: Site) -> None:
+    """A browser that has no cookie is sent none for a session that begins and ends in one request."""
+
+    async def handle(session: Session) -> None:
+        session.persistent = True
+        session["n"] = 1
+        await session.save()
+        session.clear()
+        assert not session.persistent
+
+    answer = await site.browser().do(handle)
+    assert (answer.set_cookies, await site.records()) == ([], [])
 
 
 async def test_timeouts_meanwhile(site: Site) -> None:

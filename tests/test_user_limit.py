@@ -84,6 +84,15 @@ async def test_newest_stays(limited: Site) -> None:
     assert len(await limited.records()) == 3
 
 
+async def test_a_user_who_goes(limited: Site) -> None:
+    """Unbinding a session ends nobody's."""
+    browsers = await logged_in(limited, 3)
+    await browsers[0].visit(lambda request: request.session.update(n=1))
+    assert (await browsers[0].visit(lambda request: request.session.pop("user_id") and None)).status == 200
+    assert await alive(browsers) == [True, True, True]
+    assert sorted(str(record.user_id) for record in await limited.records()) == ["None", "ada", "ada"]
+
+
 async def test_binding_a_session_counts(limited: Site) -> None:
     """A visitor's session that is bound to a user counts as a new one of that user; the same user again does not (R41).
 

@@ -205,6 +205,21 @@ async def test_a_logout_in_a_refused_handshake(site: Site) -> None:
         assert await site.records() == []
 
 
+async def test_no_new_session_in_a_refused_handshake(site: Site) -> None:
+    """A session that would begin with a close of a handshake could have no cookie, and is not stored (R58, R67)."""
+
+    async def close(socket: WebSocket) -> None:
+        socket.session.clear()
+        socket.session["new"] = 1
+        await socket.close()
+
+    browser = await site.filled(cart=[1])
+    with pytest.raises(HeadersSent):
+        async with connected(browser, close):
+            pass
+    assert await site.records() == []
+
+
 async def test_a_close_before_the_acceptance_commits(site: Site) -> None:
     """A change to an existing session is committed before a close that refuses the handshake (R67)."""
     browser = await site.filled(attempts=1)
