@@ -118,7 +118,9 @@ def test_unique_across_forks() -> None:
 
 def test_no_other_randomness() -> None:
     """The sources use `random` for delays and steps of versions only: whatever is hard to guess is from `secrets`."""
-    for path in (Path(__file__).parents[1] / "src").rglob("*.py"):
+    paths = list((Path(__file__).parents[1] / "src").rglob("*.py"))
+    assert paths
+    for path in paths:
         source = path.read_text()
         assert not re.search(r"uuid[145]\(|random\.(random|choice|randint|randbytes)\(", source), path
         for line in re.findall(r".*random\.(?:uniform|getrandbits).*", source):

@@ -23,11 +23,12 @@ from sqlsessions import Session, SessionGone, SQLAlchemyBackend, purge
 from sqlsessions.backends.memory import InMemoryBackend
 from sqlsessions.credentials import new_id
 from sqlsessions.errors import InvalidData
+from sqlsessions.manager import _Turns
 from sqlsessions.payload import decode
 from sqlsessions.record import Expected, next_version
 from tests.asgi import Answer
 from tests.looking import blocked, sql
-from tests.staging import Browser, Do, Site, Staged
+from tests.staging import NO_ID, Browser, Do, Site, Staged
 
 pytestmark = pytest.mark.anyio
 
@@ -654,6 +655,18 @@ async def test_keys_from_two_processes_all_survive(sessions_url: str) -> None:
     twins = [browser.twin(app) for app in (site.app, elsewhere) for _ in range(10)]
     await asyncio.gather(*(twin.do(setting(str(number))) for number, twin in enumerate(twins)))
     assert await browser.data() == {"old": True} | {str(number): True for number in range(20)}
+
+
+async def test_turns_are_an_event_loops_own() -> None:
+    """Nobody waits for a turn in another event loop, which could not wake him (R65)."""
+    turns = _Turns()
+
+    async def enter() -> None:
+        async with asyncio.timeout(5), turns.of(NO_ID):
+            pass
+
+    async with turns.of(NO_ID):
+        await asyncio.to_thread(asyncio.run, enter())
 
 
 async def test_atomic_sees_what_is_stored_and_not_what_is_pending(site: Site) -> None:
