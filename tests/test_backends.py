@@ -1,11 +1,13 @@
 """Every backend here keeps the contract."""
 
-from collections.abc import AsyncIterator, Iterator
+import inspect
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 import pytest
 
-from sqlsessions.backends.base import Backend
+from sqlsessions.backends.base import Backend, UserSessions
 from sqlsessions.backends.memory import InMemoryBackend
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
 from sqlsessions.testing import BackendConformance
@@ -51,6 +53,18 @@ def shared_url(postgres: PostgresServer, postgres_template: str, database_names:
     name = next(database_names)
     yield postgres.create_database(name, postgres_template)
     postgres.drop_database(name)
+
+
+@pytest.mark.parametrize("protocol", [Backend, UserSessions])
+def test_methods_may_return_a_coroutine_of_another(protocol: type) -> None:
+    """The contract asks for a Coroutine: pyright, unlike mypy, takes ``async def`` in a protocol for more than that,
+    and refuses `SQLAlchemyBackend`, some of whose methods hand on a coroutine.
+    """
+    methods = {name: method for name, method in vars(protocol).items() if inspect.isfunction(method) and name[0] != "_"}
+    assert methods
+    for name, method in methods.items():
+        assert not inspect.iscoroutinefunction(method), name
+        assert get_origin(get_type_hints(method)["return"]) is Coroutine, name
 
 
 def test_conformance_alone(tmp_path: Path) -> None:

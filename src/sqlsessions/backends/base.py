@@ -5,9 +5,9 @@ compare-and-swap can be a backend; `sqlsessions.testing.BackendConformance` says
 one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from datetime import UTC, datetime
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 from uuid import UUID
 
 from sqlsessions.errors import CorruptData, InvalidData
@@ -21,15 +21,17 @@ class Backend(Protocol):
     (`asyncio.CancelledError` passes through); their messages are for the log, and quote nothing of a record but its id.
     A method whose outcome is unknown, because the connection broke after sending, finds it out by reading, or raises;
     it never writes again blindly.
+
+    Write them with ``async def``, or hand on the coroutine of another.
     """
 
-    async def load(self, id: UUID, now: datetime) -> Record | None:  # noqa: A002
+    def load(self, id: UUID, now: datetime) -> Coroutine[Any, Any, Record | None]:  # noqa: A002
         """Return the record, equal in every field to the one stored; None if it is absent or has expired at *now*."""
 
-    async def insert(self, record: Record) -> None:
+    def insert(self, record: Record) -> Coroutine[Any, Any, None]:
         """Store a new record. Raise `DuplicateId` rather than overwrite."""
 
-    async def replace(self, record: Record, expected: Expected) -> bool:
+    def replace(self, record: Record, expected: Expected) -> Coroutine[Any, Any, bool]:
         """Store *record* over the one of the same id, if that one still matches *expected*; tell whether it did.
 
         The comparison and the write are one step: of parallel calls with the same *expected*, one returns True. False
@@ -37,24 +39,24 @@ class Backend(Protocol):
         that was read, what does not differ from it need not be written.
         """
 
-    async def touch(self, id: UUID, secret_hash: bytes, *, now: datetime, expires_at: datetime) -> bool:  # noqa: A002
+    def touch(self, id: UUID, secret_hash: bytes, *, now: datetime, expires_at: datetime) -> Coroutine[Any, Any, bool]:  # noqa: A002
         """Set ``last_seen_at`` to *now* and move ``expires_at`` forward to *expires_at*; tell whether it was done.
 
         Done only to a live record with this *secret_hash* last seen before *now*. Never shortens, never changes the
         version or the data; a no-op if the record is gone.
         """
 
-    async def delete(self, id: UUID, expected: Expected | None = None) -> bool:  # noqa: A002
+    def delete(self, id: UUID, expected: Expected | None = None) -> Coroutine[Any, Any, bool]:  # noqa: A002
         """Delete the record, or only if it still matches *expected*; tell whether one was deleted. Absence is a
         no-op.
         """
 
-    async def purge(self, before: datetime, limit: int) -> int:
+    def purge(self, before: datetime, limit: int) -> Coroutine[Any, Any, int]:
         """Delete at most *limit* records with ``expires_at <= before``, the oldest first; return how many were
         deleted.
         """
 
-    async def aclose(self) -> None:
+    def aclose(self) -> Coroutine[Any, Any, None]:
         """Finish the work in flight and give connections back. The backend may be used again afterwards."""
 
 
@@ -66,24 +68,24 @@ class UserSessions(Protocol):
     sessions without a user are nobody's.
     """
 
-    async def list_for_user(
+    def list_for_user(
         self, user_id: str | int, now: datetime | None = None, limit: int = 100
-    ) -> Sequence[Record]:
+    ) -> Coroutine[Any, Any, Sequence[Record]]:
         """Return the user's live records, most recently seen first, at most *limit*. One that cannot be read is left
         out: it opens nothing.
         """
 
-    async def delete_for_user(self, user_id: str | int, *, keep: UUID | None = None) -> int:
+    def delete_for_user(self, user_id: str | int, *, keep: UUID | None = None) -> Coroutine[Any, Any, int]:
         """Delete the user's records, but for the one with the id *keep*; return how many."""
 
-    async def trim_for_user(self, user_id: str | int, limit: int, *, newest: UUID, now: datetime) -> int:
+    def trim_for_user(self, user_id: str | int, limit: int, *, newest: UUID, now: datetime) -> Coroutine[Any, Any, int]:
         """Delete the user's live records but for the *limit* most recently seen; return how many.
 
         Of records seen at one instant *newest* counts as seen last, and then the greater id. One step: of parallel
         calls, each after an insert, the last leaves no more than *limit*.
         """
 
-    async def delete_all(self) -> int:
+    def delete_all(self) -> Coroutine[Any, Any, int]:
         """Delete every record; return how many."""
 
 
@@ -120,9 +122,9 @@ class Revocation:
 
 
 class _Found(Protocol):
-    async def load(self, id: UUID, now: datetime) -> Record | None: ...  # noqa: A002
+    def load(self, id: UUID, now: datetime) -> Coroutine[Any, Any, Record | None]: ...  # noqa: A002
 
-    async def delete(self, id: UUID, expected: Expected | None = None) -> bool: ...  # noqa: A002
+    def delete(self, id: UUID, expected: Expected | None = None) -> Coroutine[Any, Any, bool]: ...  # noqa: A002
 
 
 def detached(backend: object) -> bool:
