@@ -1684,6 +1684,44 @@ async def test_skipped_paths(site: Site) -> None:
         assert (await browser.visit(read, path)).json() == {"n": 1}
 
 
+@pytest.mark.parametrize("root_path", ["/api", "/"])
+async def test_skip_behind_a_prefix(root_path: str, memory: Site) -> None:
+    """Paths are those that the application's routes have: what a proxy or a mount puts before them is no part (R66)."""
+    skipping = memory.reconfigured(skip=["/static", re.compile(r"/v\d+/ping")])
+    browser = await skipping.visitor()
+    prefix = root_path.rstrip("/")
+    for path in (f"{prefix}/static/x.css", f"{prefix}/v1/ping", "/static/x.css"):  # or the proxy has taken it away
+        assert (await browser.visit(ignore, path, root_path=root_path)).status == 200
+    assert memory.statements == []
+    for path in (f"{prefix}/account", f"{prefix}/x/static", f"{prefix}ary/static", root_path):
+        assert (await browser.visit(read, path, root_path=root_path)).json() == {"n": 1}
+
+
+async def test_skip_in_a_mounted_application(memory: Site) -> None:
+    """A mounted application names its own paths; one around mounts, those of all of them (R66)."""
+
+    def route(request: Request) -> JSONResponse:
+        return JSONResponse("session" in request.scope)
+
+    def mounting(*skip: str, within: bool) -> Starlette:
+        middleware = [Middleware(SessionMiddleware, backend=memory.backend, **memory.options, skip=skip)]
+        inner = Starlette(routes=[Route("/health", route)], middleware=middleware if within else [])
+        return Starlette(routes=[Mount("/shop", inner)], middleware=[] if within else middleware)
+
+    visitor = await memory.visitor()
+    for app, loads in (
+        (mounting("/health", within=True), False),
+        (mounting("/shop/health", within=True), True),
+        (mounting("/shop/health", within=False), False),
+        (mounting("/health", within=False), True),
+    ):
+        browser = Browser(app)
+        browser.cookies.update(visitor.cookies)
+        memory.statements.clear()
+        assert (await browser.visit(path="/shop/health")).json() is True
+        assert memory.statements == ["SELECT"] * loads
+
+
 async def test_skip_is_not_fooled_by_the_host(site: Site) -> None:
     """Paths are those of the request line, not of a URL built with the client's Host header."""
     skipping = site.reconfigured(skip=["/static"])
@@ -1756,6 +1794,7 @@ async def test_autoload_middleware(site: Site) -> None:
         with pytest.raises(SessionNotLoaded):
             await browser.visit(read, path)
     assert site.statements == ["SELECT"] * 3
+    assert (await browser.visit(read, "/api/account", root_path="/api")).json() == {"n": 1}
     with pytest.raises(ConfigurationError, match="paths must be a list"):
         SessionAutoloadMiddleware(serve, paths="/account")
 

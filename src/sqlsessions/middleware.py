@@ -488,8 +488,8 @@ class _Purger:
 
 
 class _Paths:
-    """Paths of ``scope["path"]``; not of a URL built from the Host header, which the client chooses
-    (CVE-2026-48710).
+    """Paths as the routes of the application have them: of ``scope["path"]``, without what a proxy or a mount has put
+    before it; not of a URL built from the Host header, which the client chooses (CVE-2026-48710).
     """
 
     def __init__(self, rules: Iterable[PathRule]) -> None:
@@ -507,10 +507,17 @@ class _Paths:
 
     def match(self, scope: Scope) -> bool:
         """Tell whether the request's path is one of these, or below one."""
-        path: str = scope["path"]
+        path = _route_path(scope)
         return any(path == prefix or path.startswith(prefix + "/") for prefix in self._prefixes) or any(
             pattern.fullmatch(path) for pattern in self._patterns
         )
+
+
+def _route_path(scope: Scope) -> str:
+    """Return the path that routes are found by, as Starlette takes it: a prefix may have been taken away already."""
+    path: str = scope["path"]
+    root_path: str = scope.get("root_path", "")
+    return path[len(root_path) :] if path == root_path or path.startswith(root_path + "/") else path
 
 
 def _visit(scope: Scope) -> Visit:
