@@ -126,6 +126,7 @@ def test_no_url(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Non
         (["purge", "--url", "postgresql+psycopg2://somebody:geheim@127.0.0.1:1/x"], 2),
         (["migrate", "--url", "postgresql://somebody:geheim@127.0.0.1:1/x?channel_binding=geheim"], 2),
         (["purge", "--url", "postgresql://somebody:geheim@127.0.0.1:1/x?channel_binding=geheim"], 2),
+        (["purge", "--every", "1d", "--url", "postgresql://somebody:geheim@127.0.0.1:1/x?channel_binding=geheim"], 2),
         (["migrate", "--check", "--url", "sqlite:///x.db"], 1),
         (["purge", "--url", "sqlite:///x.db"], 1),
     ],

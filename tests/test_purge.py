@@ -85,3 +85,16 @@ async def test_intervals(caplog: pytest.LogCaptureFixture) -> None:
     assert "failed (BackendUnavailable: no connection to the database)" in caplog.text
     assert "failed (RuntimeError);" in caplog.text
     assert "geheim" not in caplog.text
+
+
+async def test_an_error_that_ends_it() -> None:
+    """What no other time will mend ends the loop, if whoever runs it says so."""
+
+    async def sleep(seconds: float) -> None:
+        pass
+
+    async def fail() -> None:
+        raise ConfigurationError("the driver does not take an option of the URL")
+
+    with pytest.raises(ConfigurationError):
+        await purge_forever(fail, timedelta(minutes=10), sleep=sleep, fatal=ConfigurationError)

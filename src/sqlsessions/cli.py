@@ -116,7 +116,11 @@ async def run_purge(options: argparse.Namespace) -> None:
         if options.every is None:
             await once()
         else:
-            await _until_told(purge_forever(once, options.every, sleep=_beginning_at_once(asyncio.sleep)))
+            # A wrong setting is as wrong the next time.
+            endless = purge_forever(
+                once, options.every, sleep=_beginning_at_once(asyncio.sleep), fatal=ConfigurationError
+            )
+            await _until_told(endless)
     finally:
         await backend.aclose()
 
@@ -246,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         "--every",
         type=_duration,
         metavar="5m",
-        help="go on, half to one and a half times this apart: 30s, 5m, 1h, 1d. Errors are reported and survived",
+        help="go on, half to one and a half times this apart: 30s, 5m, 1h, 1d. Errors of the database are survived",
     )
     return parser
 

@@ -60,9 +60,10 @@ async def purge_forever(
     interval: timedelta,
     *,
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    fatal: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> NoReturn:
     """Await *run* every *interval*, half to one and a half times of it, until cancelled; an error is logged and the
-    loop goes on.
+    loop goes on, unless it is a *fatal* one.
 
     The jitter keeps workers that started together apart. It begins with a wait, so that a start-up is not a stampede.
     """
@@ -70,5 +71,7 @@ async def purge_forever(
         await sleep(interval.total_seconds() * random.uniform(0.5, 1.5))  # noqa: S311 - not a secret
         try:
             await run()
+        except fatal:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the next interval tries again
             logger.warning("sqlsessions: purge failed (%s); trying again in about %s", described(error), interval)
