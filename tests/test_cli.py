@@ -127,6 +127,8 @@ def test_no_url(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Non
         (["migrate", "--url", "postgresql://somebody:geheim@127.0.0.1:1/x?channel_binding=geheim"], 2),
         (["purge", "--url", "postgresql://somebody:geheim@127.0.0.1:1/x?channel_binding=geheim"], 2),
         (["purge", "--every", "1d", "--url", "postgresql://somebody:geheim@127.0.0.1:1/x?channel_binding=geheim"], 2),
+        (["migrate", "--url", "postgresql://somebody:geheim@127.0.0.1:65536/x"], 2),
+        (["purge", "--url", "postgresql://somebody:geheim@127.0.0.1:65536/x"], 2),
         (["migrate", "--check", "--url", "sqlite:///x.db"], 1),
         (["purge", "--url", "sqlite:///x.db"], 1),
     ],
@@ -157,6 +159,17 @@ def test_misplaced_url(arguments: list[str], capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().err
     assert "://***@host/x" in said
     assert "geheim" not in said
+
+
+@pytest.mark.parametrize(
+    "where", ["@h:65536/x", "@/x?host=a:1&host=b:65536", "@/x?host=a&port=65536", "@/x?host=a,b&port=1,65536"]
+)
+def test_impossible_port(where: str) -> None:
+    """A port that no network has is named, wherever the URL has it."""
+    with pytest.raises(ConfigurationError, match="port 65536: there is none above 65535") as raised:
+        SQLAlchemyBackend(f"postgresql://somebody:geheim{where}")
+    assert "geheim" not in str(raised.value)
+    SQLAlchemyBackend(f"postgresql://somebody:geheim{where.replace('65536', '65535')}")
 
 
 @pytest.mark.parametrize(("command", "said"), [("migrate", "cannot use {}: "), ("purge", "{}: no connection to ")])

@@ -27,6 +27,9 @@ DEFAULT_TABLE = "web_sessions"
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,42}", re.ASCII)
 
 
+_LAST_PORT = 65_535
+
+
 #: Sessions are updated far more often than inserted: room on the page keeps those updates HOT, early vacuums keep it.
 _STORAGE = (
     "ALTER TABLE %(fullname)s SET "
@@ -119,12 +122,24 @@ def async_url(url: str | sa.URL) -> sa.URL:
         ) from None
     if "@" in (url.host or ""):
         raise ConfigurationError("the database URL has one @ too many: in a user name or a password it is written %40")
+    for port in _ports(url):
+        if port > _LAST_PORT:  # asyncio has an OverflowError for it, as for a number that is too large for its column
+            raise ConfigurationError(f"the database URL has the port {port}: there is none above {_LAST_PORT}")
     driver = {"postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg", "sqlite": "sqlite+aiosqlite"}
     url = url.set(drivername=driver.get(url.drivername, url.drivername))
     if url.drivername == "postgresql+asyncpg" and "sslmode" in url.query and "ssl" not in url.query:
         # Of the same values, and in the URLs that hosters hand out.
         return url.update_query_dict({"ssl": url.query["sslmode"]}).difference_update_query(["sslmode"])
     return url
+
+
+def _ports(url: sa.URL) -> list[int]:
+    """Return the ports in *url*, of several hosts too, that have five digits or more; a part of an IPv6 address has
+    fewer.
+    """
+    several = url.normalized_query
+    named = "\n".join([str(url.port), *several.get("host", ()), *several.get("port", ())])
+    return [int(port) for port in re.findall(r"(?:^|[:,])([0-9]{5,99})(?=,|$)", named, re.MULTILINE)]
 
 
 def place(url: sa.URL) -> str:
