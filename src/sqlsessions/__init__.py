@@ -1,33 +1,61 @@
 """Server-side login sessions for FastAPI and Starlette, kept in a table of your own SQL database."""
 
-from sqlsessions.backends.base import Backend as Backend
-from sqlsessions.backends.base import Revocation as Revocation
-from sqlsessions.backends.base import UserSessions as UserSessions
-from sqlsessions.backends.memory import InMemoryBackend as InMemoryBackend
-from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend as SQLAlchemyBackend
-from sqlsessions.errors import BackendError as BackendError
-from sqlsessions.errors import BackendReadOnly as BackendReadOnly
-from sqlsessions.errors import BackendTimeout as BackendTimeout
-from sqlsessions.errors import BackendUnavailable as BackendUnavailable
-from sqlsessions.errors import ConfigurationError as ConfigurationError
-from sqlsessions.errors import CorruptData as CorruptData
-from sqlsessions.errors import DuplicateId as DuplicateId
-from sqlsessions.errors import HeadersSent as HeadersSent
-from sqlsessions.errors import InvalidData as InvalidData
-from sqlsessions.errors import SchemaMissing as SchemaMissing
-from sqlsessions.errors import SessionConflict as SessionConflict
-from sqlsessions.errors import SessionError as SessionError
-from sqlsessions.errors import SessionGone as SessionGone
-from sqlsessions.errors import SessionNotLoaded as SessionNotLoaded
-from sqlsessions.events import Event as Event
-from sqlsessions.fastapi import CurrentSession as CurrentSession
-from sqlsessions.fastapi import CurrentUserId as CurrentUserId
-from sqlsessions.fastapi import current_session as current_session
-from sqlsessions.fastapi import current_user_id as current_user_id
-from sqlsessions.middleware import SessionAutoloadMiddleware as SessionAutoloadMiddleware
-from sqlsessions.middleware import SessionMiddleware as SessionMiddleware
-from sqlsessions.middleware import load_session as load_session
-from sqlsessions.purge import purge as purge
-from sqlsessions.record import Expected as Expected
-from sqlsessions.record import Record as Record
-from sqlsessions.session import Session as Session
+from sqlsessions.backends.base import Backend, Revocation, UserSessions
+from sqlsessions.backends.memory import InMemoryBackend
+from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
+from sqlsessions.errors import (
+    BackendError,
+    BackendReadOnly,
+    BackendTimeout,
+    BackendUnavailable,
+    ConfigurationError,
+    CorruptData,
+    DuplicateId,
+    HeadersSent,
+    InvalidData,
+    SchemaMissing,
+    SessionConflict,
+    SessionError,
+    SessionGone,
+    SessionNotLoaded,
+)
+from sqlsessions.events import Event
+from sqlsessions.fastapi import CurrentSession, CurrentUserId, current_session, current_user_id
+from sqlsessions.middleware import SessionAutoloadMiddleware, SessionMiddleware, load_session
+from sqlsessions.purge import purge
+from sqlsessions.record import Expected, Record
+from sqlsessions.session import Session
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "BackendReadOnly",
+    "BackendTimeout",
+    "BackendUnavailable",
+    "ConfigurationError",
+    "CorruptData",
+    "CurrentSession",
+    "CurrentUserId",
+    "DuplicateId",
+    "Event",
+    "Expected",
+    "HeadersSent",
+    "InMemoryBackend",
+    "InvalidData",
+    "Record",
+    "Revocation",
+    "SQLAlchemyBackend",
+    "SchemaMissing",
+    "Session",
+    "SessionAutoloadMiddleware",
+    "SessionConflict",
+    "SessionError",
+    "SessionGone",
+    "SessionMiddleware",
+    "SessionNotLoaded",
+    "UserSessions",
+    "current_session",
+    "current_user_id",
+    "load_session",
+    "purge",
+]
