@@ -712,6 +712,14 @@ def test_settings(number: int, of: type) -> None:
     assert [(name, default) for name, default, _ in table("Settings", number)] == keyword_only
 
 
+def test_user_key() -> None:
+    """The function that says who is logged in says nobody for whoever is not, by whichever means."""
+    (spelled_out,) = re.findall(r"`user_key=(lambda .*?)`", README)
+    user_key = eval(spelled_out)  # noqa: S307 - this is what a reader would write
+    sessions: list[dict[str, Any]] = [{"user": {"sub": "ada"}}, {}, {"user": None}, {"user": {}}]
+    assert list(map(user_key, sessions)) == ["ada", None, None, None]
+
+
 def test_events() -> None:
     """Every kind of event is explained, once."""
     kinds = [kind for row in table("Operating") for kind in re.findall(r"`(\w+)`", row[0])]

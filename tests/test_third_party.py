@@ -1,5 +1,6 @@
 """What others built on ``request.session`` works with ours: sign-in with another site, and an admin interface."""
 
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -48,7 +49,7 @@ def client(site: Site, **options: Any) -> Starlette:
         client_secret="shared with the provider",
         authorize_url="https://id.example.com/authorize",
         access_token_url="https://id.example.com/token",
-        api_base_url="https://id.example.com/",
+        userinfo_endpoint="https://id.example.com/userinfo",
         client_kwargs={
             "scope": "profile",
             "code_challenge_method": "S256",
@@ -62,14 +63,23 @@ def client(site: Site, **options: Any) -> Starlette:
 
     async def callback(request: Request) -> Response:
         token = await oauth.idp.authorize_access_token(request)
-        user = (await oauth.idp.get("userinfo", token=token)).json()
-        request.session["user_id"] = user["sub"]
+        user = await oauth.idp.userinfo(token=token)
+        assert type(user) is not dict  # so that itself it is refused
+        request.session["user"] = dict(user)
         return JSONResponse(dict(request.session))
 
     return Starlette(
         routes=[Route("/login", login), Route("/callback", callback)],
-        middleware=[Middleware(SessionMiddleware, backend=site.backend, **site.options | options)],
+        middleware=[
+            Middleware(SessionMiddleware, backend=site.backend, **site.options | {"user_key": subject} | options)
+        ],
     )
+
+
+def subject(data: Mapping[str, Any]) -> str | None:
+    """Return who is logged in, as the README has it."""
+    user: str | None = (data.get("user") or {}).get("sub")
+    return user
 
 
 async def sent_to_provider(browser: Browser) -> tuple[Answer, str]:
@@ -91,7 +101,7 @@ async def test_sign_in_with_another_site(site: Site) -> None:
     planted = browser.twin()
     query = urlencode({"code": "ada", "state": state})
     answer = await browser.visit(path=f"/callback?{query}")
-    assert (answer.status, answer.json()) == (200, {"user_id": "ada"})
+    assert (answer.status, answer.json()) == (200, {"user": {"sub": "ada"}})
     assert (await site.record()).user_id == "ada"
     assert browser.cookies[COOKIE] != planted.cookies[COOKIE]
     assert site.kinds == ["created", "renewed", "bound"]
@@ -104,7 +114,7 @@ async def test_sign_in_is_bound_to_the_browser(site: Site) -> None:
     await sent_to_provider(victim)
     query = urlencode({"code": "attacker", "state": state})
     await victim.visit(path=f"/callback?{query}", raises=MismatchingStateError)
-    assert (await attacker.visit(path=f"/callback?{query}")).json() == {"user_id": "attacker"}
+    assert (await attacker.visit(path=f"/callback?{query}")).json() == {"user": {"sub": "attacker"}}
     await attacker.visit(path=f"/callback?{query}", raises=MismatchingStateError)
     assert sorted(str(record.user_id) for record in await site.records()) == ["None", "attacker"]
 
