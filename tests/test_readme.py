@@ -286,6 +286,17 @@ def _(reader: Reader, block: Block) -> None:
     assert (reader.folder / "app.db").exists()
 
 
+def test_a_wrong_setting_ends_the_server(reader: Reader) -> None:
+    """Served as the README says, an application with a setting that is refused does not start, and says why."""
+    (block,) = (block for block in BLOCKS if str(block) == "Thirty lines, python 1")
+    (reader.folder / "main.py").write_text(block.text)
+    (line,) = re.findall(r"`uvicorn ([^`]*main:app[^`]*)`", section("Thirty lines"))
+    settings = {"SECRET_KEY": "short", "SQLSESSIONS_URL": reader.url}
+    result = run("uvicorn", *shlex.split(line), "--port", "0", cwd=reader.folder, **settings)
+    assert result.returncode != 0
+    assert "ConfigurationError: secret_key" in result.stderr
+
+
 @checks("On the wire", "console")
 def _(reader: Reader, block: Block) -> None:
     """The demo answers each request of the transcript as is printed there, header by header."""
