@@ -206,6 +206,22 @@ def test_purge_without_table(database_url: str, tmp_path: Path) -> None:
     assert re.fullmatch(r"sqlsessions: .*sqlsessions migrate.*\n", result.stderr)
 
 
+@pytest.mark.parametrize("command", [["migrate", "--check"], ["purge"]])
+@pytest.mark.parametrize("place", [["--table", "other"], ["--schema", "app"], ["--table", "other", "--schema", "app"]])
+def test_remedy_for_another_table(command: list[str], place: list[str], postgres_url: str, tmp_path: Path) -> None:
+    """What to run has the options that say which table: without them, it would make another."""
+    result = run("sqlsessions", *command, *place, cwd=tmp_path, SQLSESSIONS_URL=postgres_url)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.endswith(f": run 'sqlsessions migrate {' '.join(place)}'\n")
+
+
+def test_remedy_for_a_missing_file(tmp_path: Path) -> None:
+    """So it has where there is no database yet, and in what --every reports."""
+    with running("sqlite:///missing.db", "purge", "--every", "1d", "--table", "other") as process:
+        assert process.stderr is not None
+        assert "run 'sqlsessions migrate --table other')" in process.stderr.readline()
+
+
 def test_purge_on_a_terminal(sessions_url: str) -> None:
     """On a terminal a bar grows to the number of expired sessions, and makes room for the last line."""
     fill(sessions_url, expired=25)

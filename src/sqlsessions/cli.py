@@ -75,7 +75,10 @@ async def run_migrate(options: argparse.Namespace) -> None:
         print(migrate.sql(options.url, **place), end="")
         return
     if options.check:
-        await migrate.check(options.url, **place)
+        try:
+            await migrate.check(options.url, **place)
+        except SchemaMissing as error:
+            raise SchemaMissing(_remedied(str(error), options)) from error
     else:
         await migrate.upgrade(options.url, **place)
     print(f"{options.table}: at {await migrate.current(options.url, **place)}")
@@ -97,14 +100,13 @@ async def run_purge(options: argparse.Namespace) -> None:
 
     async def once() -> None:
         if missing_file(url):
-            raise SchemaMissing(
-                f"{place(url)}: there is no such file; if it is the right one, run 'sqlsessions migrate'"
-            )
+            missing = f"{place(url)}: there is no such file; if it is the right one, run 'sqlsessions migrate'"
+            raise SchemaMissing(_remedied(missing, options))
         bar = Bar(options.table, await _expired(options) if sys.stderr.isatty() else None)
         try:
             deleted = await purge(backend, batch_size=options.batch_size, on_batch=bar.show)
         except BackendError as error:
-            raise type(error)(f"{place(url)}: {error}") from error
+            raise type(error)(_remedied(f"{place(url)}: {error}", options)) from error
         finally:
             bar.clear()
         print(
@@ -193,6 +195,16 @@ def _beginning_at_once(sleep: Callable[[float], Awaitable[object]]) -> Callable[
         first = False
 
     return sleep_from_the_second_call_on
+
+
+def _remedied(message: str, options: argparse.Namespace) -> str:
+    """Return *message*, in which the command to run at the end, if there is one, names the table as *options* do.
+
+    ``alembic upgrade head`` makes the usual table only.
+    """
+    given = {"--table": options.table if options.table != DEFAULT_TABLE else None, "--schema": options.schema}
+    unusual = [f" {name} {value}" for name, value in given.items() if value is not None]
+    return re.sub(r"run '.*'$", f"run 'sqlsessions migrate{''.join(unusual)}'", message) if unusual else message
 
 
 def _failed(error: SessionError, status: int) -> int:
