@@ -310,9 +310,9 @@ def test_bad_numbers(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help(tmp_path: Path) -> None:
-    """--help tells the exit statuses, of the command and of its parts; --version the version."""
+    """--help tells the exit statuses, of the command and of its parts, on any terminal; --version the version."""
     for arguments in (["--help"], ["migrate", "--help"], ["downgrade", "--help"], ["purge", "--help"]):
-        result = run("sqlsessions", *arguments, cwd=tmp_path)
+        result = run("sqlsessions", *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii")
         assert result.returncode == 0
         assert "exit status:\n  0  done;" in result.stdout
         assert "SQLSESSIONS_URL" in result.stdout

@@ -284,7 +284,7 @@ def _command(
     command.set_defaults(run=run, parser=command)
     command.add_argument(
         "--url",
-        help="postgresql+asyncpg://… or sqlite+aiosqlite:///… (default: $SQLSESSIONS_URL)",
+        help="postgresql+asyncpg://... or sqlite+aiosqlite:///... (default: $SQLSESSIONS_URL)",
     )
     command.add_argument("--table", default=DEFAULT_TABLE, help="the session table (default: %(default)s)")
     command.add_argument("--schema", help="its schema (default: the database's own default)")
