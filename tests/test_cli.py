@@ -5,7 +5,7 @@ import pty
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -220,6 +220,39 @@ def test_remedy_for_a_missing_file(tmp_path: Path) -> None:
     with running("sqlite:///missing.db", "purge", "--every", "1d", "--table", "other") as process:
         assert process.stderr is not None
         assert "run 'sqlsessions migrate --table other')" in process.stderr.readline()
+
+
+def full() -> int:
+    """Return a file that takes nothing."""
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def broken() -> int:
+    """Return a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize(("output", "said"), [(full, "No space left on device"), (broken, "Broken pipe")])
+@pytest.mark.parametrize(
+    "arguments", [["purge"], ["purge", "--every", "1d"], ["migrate"], ["migrate", "--sql"], ["downgrade", "--yes"]]
+)
+def test_unwritable_output(arguments: list[str], output: Callable[[], int], said: str, sqlite_url: str) -> None:
+    """Output that cannot be written is one line on standard error, and no success."""
+    asyncio.run(migrate.upgrade(sqlite_url))
+    stdout = output()
+    result = subprocess.run(
+        command("sqlsessions", *arguments),
+        env={**ENVIRONMENT, "SQLSESSIONS_URL": sqlite_url},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(stdout)
+    assert (result.returncode, result.stderr) == (1, f"sqlsessions: the output cannot be written: {said}\n")
 
 
 def test_purge_on_a_terminal(sessions_url: str) -> None:

@@ -31,7 +31,8 @@ the command lines of running processes are there for others to read.
 
 exit status:
   0  done; with --check: up to date; with --every: ended by SIGTERM or SIGINT
-  1  the database could not be used, or did not allow it; with --check: behind
+  1  the database could not be used, or did not allow it; with --check: behind;
+     or the output could not be written
   2  the command line or a setting is wrong: nothing was done
 """
 
@@ -72,7 +73,7 @@ async def run_migrate(options: argparse.Namespace) -> None:
     """``sqlsessions migrate``."""
     place = {"table": options.table, "schema": options.schema}
     if options.sql:
-        print(migrate.sql(options.url, **place), end="")
+        _say(migrate.sql(options.url, **place), end="")
         return
     if options.check:
         try:
@@ -81,7 +82,7 @@ async def run_migrate(options: argparse.Namespace) -> None:
             raise SchemaMissing(_remedied(str(error), options)) from error
     else:
         await migrate.upgrade(options.url, **place)
-    print(f"{options.table}: at {await migrate.current(options.url, **place)}")
+    _say(f"{options.table}: at {await migrate.current(options.url, **place)}")
 
 
 async def run_downgrade(options: argparse.Namespace) -> None:
@@ -90,7 +91,7 @@ async def run_downgrade(options: argparse.Namespace) -> None:
         raise ConfigurationError(f"this may drop {options.table} with all its sessions: say --yes if that is meant")
     place = {"table": options.table, "schema": options.schema}
     await migrate.downgrade(options.url, options.revision, **place)
-    print(f"{options.table}: at {await migrate.current(options.url, **place) or 'base'}")
+    _say(f"{options.table}: at {await migrate.current(options.url, **place) or 'base'}")
 
 
 async def run_purge(options: argparse.Namespace) -> None:
@@ -109,19 +110,15 @@ async def run_purge(options: argparse.Namespace) -> None:
             raise type(error)(_remedied(f"{place(url)}: {error}", options)) from error
         finally:
             bar.clear()
-        print(
-            f"{options.table}: {deleted:,} expired {'session' if deleted == 1 else 'sessions'} deleted",
-            flush=True,
-        )
+        _say(f"{options.table}: {deleted:,} expired {'session' if deleted == 1 else 'sessions'} deleted")
 
     try:
         if options.every is None:
             await once()
         else:
-            # A wrong setting is as wrong the next time.
-            endless = purge_forever(
-                once, options.every, sleep=_beginning_at_once(asyncio.sleep), fatal=ConfigurationError
-            )
+            # A wrong setting is as wrong the next time, and who read the output is gone.
+            fatal = (ConfigurationError, _Unwritable)
+            endless = purge_forever(once, options.every, sleep=_beginning_at_once(asyncio.sleep), fatal=fatal)
             await _until_told(endless)
     finally:
         await backend.aclose()
@@ -205,6 +202,20 @@ def _remedied(message: str, options: argparse.Namespace) -> str:
     given = {"--table": options.table if options.table != DEFAULT_TABLE else None, "--schema": options.schema}
     unusual = [f" {name} {value}" for name, value in given.items() if value is not None]
     return re.sub(r"run '.*'$", f"run 'sqlsessions migrate{''.join(unusual)}'", message) if unusual else message
+
+
+class _Unwritable(SessionError):
+    """Raised when standard output takes nothing: the disk is full, or who read it is gone."""
+
+
+def _say(text: str, *, end: str = "\n") -> None:
+    """Print *text* at once; raise `_Unwritable` if that fails."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        # Python would try again at its end, and complain itself.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _Unwritable(f"the output cannot be written: {error.strerror}") from error
 
 
 def _failed(error: SessionError, status: int) -> int:
