@@ -3,8 +3,12 @@
 import ast
 import inspect
 import re
+from collections.abc import Sequence
+
+import pytest
 
 import sqlsessions
+from sqlsessions import Event, Record
 from tests.commands import ROOT
 
 
@@ -40,3 +44,9 @@ def test_docstrings() -> None:
         value = getattr(sqlsessions, name)
         if inspect.isclass(value) or inspect.isfunction(value):
             assert value.__doc__, name
+
+
+@pytest.mark.parametrize(("of", "fields"), [(Record, Record._fields), (Event, Event.__slots__)])
+def test_fields(of: type, fields: Sequence[str]) -> None:
+    """The docstring says what each field is: of a comment beside it neither ``help()`` nor an editor knows."""
+    assert re.findall(r"\*(\w+)\*", of.__doc__ or "") == list(fields)

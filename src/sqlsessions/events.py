@@ -36,17 +36,22 @@ EventKind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened. Carries handles only: never a secret, a cookie value or data."""
+    """One thing that happened. Carries handles only: never a secret, a cookie value or data.
 
-    #: ``unknown``: a genuine cookie whose session is not there: revoked, expired or purged. ``expired``: it is there,
-    #: but the timeouts have been shortened since. ``gone``: it ended while the request ran, and a change was dropped.
-    #: ``superseded``: the secret has been renewed since. ``unavailable``: the backend failed; see ``detail``.
+    *kind*: what it was. ``unknown``: a genuine cookie whose session is not there: revoked, expired or purged.
+    ``expired``: it is there, but the timeouts have been shortened since. ``gone``: it ended while the request ran, and
+    a change was dropped. ``superseded``: the secret has been renewed since. ``unavailable``: the backend failed. The
+    README explains all of them.
+
+    *session_id*: the handle of the session, if there is one. *user_id*: its user, or None. *count*: how many records,
+    for ``purged``, and for ``revoked`` where a user had more than ``max_sessions_per_user``. *detail*: the class of the
+    error, for ``unavailable``.
+    """
+
     kind: EventKind
     session_id: UUID | None = None
     user_id: str | None = None
-    #: How many records, for ``purged``, and for ``revoked`` where a user had more than ``max_sessions_per_user``.
     count: int | None = None
-    #: The class of the error, for ``unavailable``.
     detail: str | None = None
 
 

@@ -53,28 +53,30 @@ def principal(user_id: object) -> str | None:
 
 
 class Record(NamedTuple):
-    """One stored session: what a backend keeps. Instants are aware UTC datetimes."""
+    """One stored session: what a backend keeps. Instants are aware UTC datetimes.
 
-    #: The public handle; safe to log and to show. It authenticates nobody.
+    *id*: the public handle; safe to log and to show, it authenticates nobody. *secret_hash*: SHA-256 of the secret half
+    that only the cookie holds. *user_id*: the principal this session is bound to, or None for an anonymous session.
+    *data*: the payload, as the JSON text of one object; a backend passes it through unchanged. *version*: changes with
+    every ``replace``; the increments are random, so that a writer recognises its own write by it. *created_at*: when it
+    was first stored. *last_seen_at*: when a use of it was last noted. *expires_at*: when it ends, if it is not used
+    again. *authenticated_at*: when the principal was last bound; the start of the absolute timeout and of "confirm your
+    password" checks. *idle_timeout*: this session's own in seconds ("remember me"), or None for the configured one.
+    *persistent*: whether the cookie outlives the browser. *client*: where the session was opened, as JSON text with
+    ``ip`` and ``user_agent``; None unless ``record_client=True``. *format*: the layout that the row was written in.
+    """
+
     id: UUID
-    #: SHA-256 of the secret half that only the cookie holds.
     secret_hash: bytes
-    #: The principal this session is bound to, or None for an anonymous session.
     user_id: str | None
-    #: The payload, as the JSON text of one object. A backend passes it through unchanged.
     data: str
-    #: Changes with every ``replace``. The increments are random, so that a writer recognises its own write by it.
     version: int
     created_at: datetime
     last_seen_at: datetime
     expires_at: datetime
-    #: When the principal was last bound: the start of the absolute timeout and of "confirm your password" checks.
     authenticated_at: datetime | None = None
-    #: This session's own idle timeout in seconds ("remember me"), or None for the configured one.
     idle_timeout: int | None = None
-    #: Whether the cookie outlives the browser.
     persistent: bool = False
-    #: Where the session was opened, as JSON text (``ip``, ``user_agent``); None unless ``record_client=True``.
     client: str | None = None
     format: int = FORMAT
 
