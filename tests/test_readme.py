@@ -232,6 +232,15 @@ def test_block(block: Block, reader: Reader) -> None:
     assert lines_of(compiled(block)) - reader.lines_run == set()
 
 
+def test_types(tmp_path: Path) -> None:
+    """The program that the Python blocks tell passes the strictest mypy: whoever begins with it has no errors."""
+    told = [block.text for block in BLOCKS if block.language == "python" and not is_alone(block)]
+    (tmp_path / "main.py").write_text("\n".join(told))
+    options = ["--strict", "--cache-dir", str(tmp_path / "cache")]
+    result = run("mypy", *options, "main.py", cwd=tmp_path, MYPYPATH=str(ROOT / "src"))
+    assert result.returncode == 0, result.stdout
+
+
 def test_no_check_is_left_over() -> None:
     """A block that was removed or moved takes its check along."""
     assert CHECKS.keys() == {(block.heading, block.language, block.number) for block in BLOCKS}
