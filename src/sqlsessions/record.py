@@ -60,10 +60,11 @@ class Record(NamedTuple):
     *data*: the payload, as the JSON text of one object; a backend passes it through unchanged. *version*: changes with
     every ``replace``; the increments are random, so that a writer recognises its own write by it. *created_at*: when it
     was first stored. *last_seen_at*: when a use of it was last noted. *expires_at*: when it ends, if it is not used
-    again. *authenticated_at*: when the principal was last bound; the start of the absolute timeout and of "confirm your
-    password" checks. *idle_timeout*: this session's own in seconds ("remember me"), or None for the configured one.
-    *persistent*: whether the cookie outlives the browser. *client*: where the session was opened, as JSON text with
-    ``ip`` and ``user_agent``; None unless ``record_client=True``. *format*: the layout that the row was written in.
+    again. *authenticated_at*: when a principal was last bound, or unbound; the start of the absolute timeout and of
+    "confirm your password" checks. *idle_timeout*: this session's own in seconds ("remember me"), or None for the
+    configured one. *persistent*: whether the cookie outlives the browser. *client*: where the session was opened, as
+    JSON text with ``ip`` and ``user_agent``; None unless ``record_client=True``. *format*: the layout that the row was
+    written in.
     """
 
     id: UUID
