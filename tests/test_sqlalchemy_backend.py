@@ -91,19 +91,22 @@ async def test_a_transaction_at_all_times(sqlite_sessions_url: str) -> None:
     await engine.dispose()
 
 
-async def test_a_listener_that_begins(sqlite_sessions_url: str) -> None:
+async def test_a_listener_that_begins(sessions_url: str) -> None:
     """A listener for all engines that begins transactions, as in SQLAlchemy's recipe for SQLite, leaves none open."""
+    elsewhere = sessions_url if sessions_url.startswith("postgresql") else f"{sessions_url}?timeout=0.1"
 
     def begin(connection: sa.Connection) -> None:
         connection.exec_driver_sql("BEGIN")
 
     event.listen(Engine, "begin", begin)
     try:
-        async with closing(SQLAlchemyBackend(sqlite_sessions_url)) as backend:
+        async with closing(SQLAlchemyBackend(sessions_url)) as backend:
             await everything(backend)
             assert await backend.purge(START, 10) == 0
-            await backend.insert(make_record())
-            assert await sql(f"{sqlite_sessions_url}?timeout=0.1", "SELECT count(*) FROM web_sessions") == [(1,)]
+            for user in ("one", "other"):
+                await backend.insert(make_record(user_id=user))
+            assert await backend.delete_for_user("one") == 1
+            assert await sql(elsewhere, "SELECT user_id FROM web_sessions") == [("other",)]
     finally:
         event.remove(Engine, "begin", begin)
 

@@ -377,6 +377,10 @@ class Connection:
 
     async def commit(self) -> None:
         """End the transaction that may be open."""
+        begun = getattr(self._driver, "is_in_transaction", None)
+        if begun is not None and begun():
+            # Of one that it has not begun itself, SQLAlchemy's asyncpg knows nothing.
+            await self._sqlalchemy.exec_driver_sql("COMMIT")
         await self._sqlalchemy.commit()
 
     async def close(self) -> None:
