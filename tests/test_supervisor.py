@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import count
 
 import pytest
 from anyio.lowlevel import checkpoint
@@ -130,6 +131,44 @@ async def test_deadline_includes_the_wait() -> None:
     assert not second.ended.is_set()
     first.let_go.set()
     await first.ended.wait()
+
+
+async def test_an_event_loop_that_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered while the event loop stood still is heard before anything is given up; what was not is given
+    up then.
+    """
+    runs = supervisor(deadline=1.0, threshold=1)
+    stubborn, answered = Stubborn(), Stubborn()
+
+    async def be_read(lease: Lease) -> int:
+        await answered(lease)
+        for _ in range(5):
+            await checkpoint()
+        return 42
+
+    silent, heard = asyncio.ensure_future(runs.run(stubborn)), asyncio.ensure_future(runs.run(be_read))
+    while len(runs._running) < 2:
+        await checkpoint()
+    time = runs.loop.time
+    monkeypatch.setattr(runs.loop, "time", lambda: time() + 60)
+    answered.let_go.set()
+    assert await heard == 42
+    with pytest.raises(BackendTimeout):
+        await silent
+    stubborn.let_go.set()
+
+
+async def test_an_event_loop_that_is_always_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every look comes late the deadline is kept all the same."""
+    runs = supervisor(deadline=3.0)
+    stubborn = Stubborn()
+    task = asyncio.ensure_future(runs.run(stubborn))
+    monkeypatch.setattr(runs.loop, "time", count(runs.loop.time()).__next__)
+    for _ in range(1000):
+        await checkpoint()
+    with pytest.raises(BackendTimeout):
+        await task
+    stubborn.let_go.set()
 
 
 async def test_error_after_the_deadline() -> None:

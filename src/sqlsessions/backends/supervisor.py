@@ -124,6 +124,8 @@ class Supervisor:
         self._owed = 0
         self._all_settled: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        #: Whether the latest look came late, and judged nobody.
+        self._spared = False
 
     def accept(self) -> None:
         """Take on an operation that will be `settled`; raise `BackendUnavailable` when there is no use in trying."""
@@ -246,6 +248,13 @@ class Supervisor:
 
     def _look(self) -> None:
         now = self.loop.time()
+        # The event loop stood still, and what has been answered meanwhile is still to be heard. Once: late each time,
+        # nobody would ever be given up.
+        late = self._timer is not None and now - self._timer.when() > _LOOK
+        self._spared = late and not self._spared
+        if self._spared:
+            self._timer = self.loop.call_later(_LOOK, self._look)
+            return
         # Those that were abandoned, too, as long as they last: others may be waiting for what they have taken.
         for lease in [*self._running, *self._abandoned]:
             if not lease.abandoned and now - lease.begun >= self.deadline:
