@@ -2,17 +2,20 @@
 
 import asyncio
 import shutil
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing as file_closing
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio.lowlevel import checkpoint
 from sqlalchemy import event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -115,6 +118,29 @@ async def test_a_touch_and_a_file_that_is_full(site: Site, pragmas: list[str]) -
     site.clock.advance(days=1)
     assert (await browser.do(Session.mark_accessed)).status == 200
     assert max(record.last_seen_at for record in await site.records()) > before.last_seen_at
+
+
+@pytest.mark.parametrize("batch", [True, False])
+async def test_readers_beside_a_writer_elsewhere(sqlite_sessions_url: str, *, batch: bool) -> None:
+    """While another process writes, ours wait in one connection, however long, and readers go on by the other."""
+    await sql(sqlite_sessions_url, "PRAGMA journal_mode = WAL")
+    record, *others = (make_record() for _ in range(3))
+    async with closing(make_backend(sqlite_sessions_url, batch=batch)) as backend:
+        for each in (record, *others):
+            await backend.insert(each)
+        room = backend._at_hand()
+        assert room is not None
+        with file_closing(sqlite3.connect(file_of(sqlite_sessions_url), isolation_level=None)) as elsewhere:
+            elsewhere.execute("BEGIN IMMEDIATE")
+            writing = [asyncio.create_task(backend.delete(each.id)) for each in others]
+            for _ in range(20):
+                await checkpoint()
+            for lease in [*room.supervisor._running]:  # a second later
+                assert lease.overdue is not None
+                lease.overdue(room.supervisor.loop.time() + 1)
+            assert await backend.load(record.id, START) == record
+            assert not any(task.done() for task in writing)
+        assert await asyncio.gather(*writing) == [True, True]
 
 
 async def test_a_file_that_becomes_read_only(site: Site, pragmas: list[str]) -> None:

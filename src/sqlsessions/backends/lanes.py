@@ -117,9 +117,9 @@ class _Flight(Generic[W, R]):
 class Lane(Generic[W, R]):
     """Takes work to its *sender*, no more than *flights* loads of *max_load* at a time, of those that are prompt.
 
-    Where *enough* has come at the same moment, it goes without waiting for more. The work belongs to the lane:
-    cancelling who waits for it cancels nothing. No load has the same session twice, unless the lane is *shared*, as
-    that of readers is.
+    Where *enough* has come at the same moment, it goes without waiting for more. A load that takes longer than
+    *patience* seconds is not prompt. The work belongs to the lane: cancelling who waits for it cancels nothing. No load
+    has the same session twice, unless the lane is *shared*, as that of readers is.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class Lane(Generic[W, R]):
         max_load: int = MAX_LOAD,
         enough: int = ENOUGH,
         flights: int = 1,
+        patience: float = PATIENCE,
         shared: bool = False,
     ) -> None:
         self._supervisor = supervisor
@@ -137,6 +138,7 @@ class Lane(Generic[W, R]):
         self._max_load = max_load
         self._enough = min(enough, max_load)
         self._flights = flights
+        self._patience = patience
         self._shared = shared
         self._waiting: deque[_Waiter[W, R]] = deque()
         #: The sessions of all loads on their way, each in one; of a shared lane none.
@@ -314,7 +316,7 @@ class Lane(Generic[W, R]):
     def _overdue(self, flight: _Flight[W, R], now: float) -> None:
         """See to a flight that is still on its way: what waits does not wait for one that is slow."""
         self._expire([*flight.load, *self._waiting], now)
-        if flight.slow or flight.since is None or now - flight.since < PATIENCE:
+        if flight.slow or flight.since is None or now - flight.since < self._patience:
             return
         flight.slow = self._wary = True
         self._slow += 1

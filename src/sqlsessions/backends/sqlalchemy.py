@@ -1,6 +1,7 @@
 """Records in a table of the user's database: one statement per operation, in autocommit, on connections of our own."""
 
 import asyncio
+import math
 import os
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
@@ -28,7 +29,7 @@ from sqlsessions.backends.connections import (
     new_engine,
     silence,
 )
-from sqlsessions.backends.lanes import ENOUGH, MAX_LOAD, Apart, Held, Lane
+from sqlsessions.backends.lanes import ENOUGH, MAX_LOAD, PATIENCE, Apart, Held, Lane
 from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
 from sqlsessions.errors import (
     BackendError,
@@ -296,7 +297,11 @@ class _Room:
         enough = ENOUGH if statements.beside else MAX_LOAD
         reader, writer = _Reader(connections, statements), _Writer(connections, statements)
         self.read = Lane(supervisor, reader, max_load=load, enough=enough, flights=flights, shared=True).put
-        self.write = Lane(supervisor, writer, max_load=load, enough=enough, flights=flights).put
+        patience = PATIENCE
+        if not statements.beside:
+            # One writes at a time, of all processes: a second of ours would only wait, where a reader could read.
+            flights, patience = 1, math.inf
+        self.write = Lane(supervisor, writer, max_load=load, enough=enough, flights=flights, patience=patience).put
         self._life = self._until_closed()
 
     async def open(self) -> None:
