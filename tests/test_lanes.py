@@ -479,7 +479,7 @@ async def test_the_deadline_is_the_waiters() -> None:
     assert [type(outcome) for outcome in outcomes] == [BackendTimeout, BackendTimeout]
     sender.open()
     await settle()
-    assert sender.loads == [[1]]
+    assert sender.loads == [[-1]]
     assert await lane.put(Job(3, 3)) == 3
 
 
@@ -838,6 +838,20 @@ async def test_a_stuck_row_blocks_no_load(postgres_sessions_url: str, *, listens
             assert not tasks[7].done()
             assert await backend.load(records[7].id, START) == records[7]
         assert await tasks[7]
+
+
+async def test_a_stuck_row_and_one_connection(postgres_sessions_url: str) -> None:
+    """Where there is one connection in all, a writer does not wait in it for a row that somebody has locked."""
+    async with closing(SQLAlchemyBackend(postgres_sessions_url, pool_size=1)) as backend:
+        record, other = make_record(), make_record()
+        await backend.insert(record)
+        await backend.insert(other)
+        async with locking(postgres_sessions_url, record):
+            writing = asyncio.create_task(backend.replace(following(record), expecting(record)))
+            await checkpoint()
+            assert await backend.load(other.id, START) == other
+            assert not writing.done()
+        assert await writing
 
 
 async def test_a_database_that_locks_nothing(postgres_sessions_url: str) -> None:

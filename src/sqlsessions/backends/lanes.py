@@ -239,7 +239,8 @@ class Lane(Generic[W, R]):
         if len(load) > 1:
             await self._together(load, lease)
         elif load:
-            await self._alone(load[0], lease, waits=not (self._slow or self._wary))
+            # In the only connection that there is everybody would wait for the lock.
+            await self._alone(load[0], lease, waits=not (self._slow or self._wary or self._supervisor.slots == 1))
         else:
             lease.asks = False
 
