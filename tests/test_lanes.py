@@ -869,6 +869,9 @@ async def test_a_database_that_locks_nothing(postgres_sessions_url: str) -> None
             "CREATE FUNCTION change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
             "DELETE FROM stored WHERE id = OLD.id; INSERT INTO stored SELECT NEW.*; RETURN NEW; END $$",
             "CREATE TRIGGER change INSTEAD OF UPDATE ON web_sessions FOR EACH ROW EXECUTE FUNCTION change()",
+            "CREATE FUNCTION remove() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "DELETE FROM stored WHERE id = OLD.id; RETURN OLD; END $$",
+            "CREATE TRIGGER remove INSTEAD OF DELETE ON web_sessions FOR EACH ROW EXECUTE FUNCTION remove()",
         )
         for _ in range(2):
             changed = [following(record) for record in records]
@@ -878,6 +881,8 @@ async def test_a_database_that_locks_nothing(postgres_sessions_url: str) -> None
             assert all(outcomes)
             records = changed
         assert await asyncio.gather(*(backend.load(record.id, START) for record in records)) == records
+        assert await backend.purge(records[0].expires_at, 5) == 5
+        assert await backend.delete_all() == 15
 
 
 async def test_several_event_loops(sessions_url: str) -> None:

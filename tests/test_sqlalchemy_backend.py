@@ -465,15 +465,18 @@ async def test_plans(sessions_url: str) -> None:
     by_expiry, by_user = "web_sessions_expires_at", "web_sessions_user_id"
     this: dict[str, Any] = {"the_id": UUID(int=1), "now": START}
     explain = partial(plan, sessions_url)
-    purge = await explain(lambda statements: statements.purge, before=START, limit=1000)
+    expired: dict[str, Any] = {"before": START, "limit": 1000}
+    purges = [
+        await explain(lambda statements: statements.purge.plain, **expired),
+        await explain(lambda statements: statements.purge.passing, **expired),
+    ]
     plans = [
         (by_key, await explain(lambda statements: statements.load, **this)),
         (by_key, await explain(lambda statements: statements.reread, the_id=UUID(int=1))),
         (by_key, await explain(lambda statements: statements.load_many, ids=[UUID(int=1), UUID(int=2)])),
         (by_key, await explain(lambda statements: statements.delete.plain, the_id=UUID(int=1))),
         (by_key, await explain(lambda statements: statements.delete.passing, the_id=UUID(int=1))),
-        (by_expiry, purge),
-        (by_key, purge),
+        *((index, purge) for index in (by_expiry, by_key) for purge in purges),
         (by_user, await explain(lambda statements: statements.list_for_user, the_user_id="user 3", now=START, limit=9)),
         (by_user, await explain(lambda statements: statements.delete_for_user, the_user_id="user 3")),
         (

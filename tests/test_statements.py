@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from sqlsessions import SQLAlchemyBackend
 from sqlsessions.record import FORMAT
-from sqlsessions.schema import Statements, sessions_table
+from sqlsessions.schema import Statements, Write, sessions_table
 from sqlsessions.testing import START, make_record
 from tests.asgi import Request, Site, read
 from tests.looking import sql
@@ -22,10 +22,11 @@ HOSTILE = ["'; DROP TABLE web_sessions; --", '" OR 1=1', "%(now)s", ":now", "\\"
 def test_values_are_bound(name: str) -> None:
     """No statement has a value in its text: all of them are parameters (R112)."""
     dialect = sa.make_url(f"{name}://").get_dialect()()
-    for verb, statement in vars(Statements(sessions_table(sa.MetaData()), name)).items():
-        if isinstance(statement, sa.ClauseElement) and not isinstance(statement, sa.Table):
-            # Of literals there is none but the comma between the ids of a purge.
-            assert "'" not in str(statement.compile(dialect=dialect)).replace("','", ""), verb
+    for verb, value in vars(Statements(sessions_table(sa.MetaData()), name)).items():
+        for statement in (value.plain, value.passing, value.prompt) if isinstance(value, Write) else (value,):
+            if isinstance(statement, sa.ClauseElement) and not isinstance(statement, sa.Table):
+                # Of literals there is none but the comma between many ids.
+                assert "'" not in str(statement.compile(dialect=dialect)).replace("','", ""), verb
 
 
 @pytest.mark.parametrize("text", HOSTILE)

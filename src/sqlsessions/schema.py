@@ -203,9 +203,9 @@ def sessions_table(metadata: sa.MetaData, name: str = DEFAULT_TABLE, schema: str
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One change to one row, in the forms in which it is sent. All take the same parameters.
+    """One change, in the forms in which it is sent. All take the same parameters.
 
-    On PostgreSQL each returns the id of the row if it was changed.
+    One to one row returns on PostgreSQL, in each form, the id of the row if it was changed.
     """
 
     #: Waits for a row that somebody else has locked. Every database takes this form.
@@ -281,7 +281,7 @@ class Statements:
         outdated = sa.select(columns.id).where(before).order_by(columns.expires_at)
         outdated = outdated.limit(sa.bindparam("limit", type_=sa.Integer))
         # The expiry is checked again: a session extended since it was selected survives (R86).
-        self.purge = sa.delete(table).where(_chosen(dialect, columns.id, outdated), before)
+        self.purge = _of_several(dialect, outdated, before)
         self.ping = sa.select(sa.literal(1))
         self.begin = sa.text("BEGIN IMMEDIATE" if dialect == "sqlite" else "BEGIN")
         self.commit = sa.text("COMMIT")
@@ -329,6 +329,16 @@ def _forms(
         for locked in (free.with_for_update(skip_locked=True), free.with_for_update(nowait=True))
     )
     return Write(plain, passing, prompt, None if many is None else many(table))
+
+
+def _of_several(dialect: str, ids: sa.Select[tuple[UUID]], *conditions: sa.ColumnElement[bool]) -> Write:
+    """Return the DELETE of the rows that *ids* finds, as far as they fulfil *conditions*."""
+    column = ids.selected_columns[0]
+    plain, passing, prompt = (
+        sa.delete(column.table).where(_chosen(dialect, column, found), *conditions)
+        for found in (ids, ids.with_for_update(skip_locked=True), ids.with_for_update(nowait=True))
+    )
+    return Write(plain, passing, prompt) if dialect == "postgresql" else Write(plain, plain, plain)
 
 
 #: The parameters of `Statements.replace_data` of which `columns` makes those of its `many`.

@@ -17,7 +17,7 @@ from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
 from sqlsessions.errors import BackendUnavailable
 from sqlsessions.record import Record
 from sqlsessions.session import Session
-from sqlsessions.testing import make_record
+from sqlsessions.testing import MINUTE, START, make_record
 from tests.asgi import Answer
 from tests.faults.ways import DEADLINE, SLACK, Way
 from tests.looking import PATIENCE, blocked, closing, everything, pids, sql
@@ -138,6 +138,30 @@ async def test_a_locked_row_is_no_outage(site: Site, postgres_sessions_url: str)
             assert {answer.status for answer, _ in answers} == {503}
             assert (await timed(other, count))[0].status == 200
             assert (await timed(one, read))[0].status == 200
+
+
+async def test_a_purge_and_a_row_that_is_locked(way: Way, postgres_sessions_url: str) -> None:
+    """A purge passes over an expired row that somebody has locked, and takes it another time (R85)."""
+    expired = [make_record(expires_at=START + number * MINUTE) for number in range(3)]
+    async with closing(way.backend(postgres_sessions_url)) as backend:
+        for record in expired:
+            await backend.insert(record)
+        async with holding(postgres_sessions_url, locking(expired[0].id)):
+            assert await backend.purge(START + 3 * MINUTE, 2) == 2
+            assert await backend.purge(START + 3 * MINUTE, 2) == 0
+        assert await backend.purge(START + 3 * MINUTE, 2) == 1
+
+
+async def test_the_end_of_everything_and_a_row_that_is_locked(way: Way, postgres_sessions_url: str) -> None:
+    """Ending every session passes over none: it waits for a row that somebody has locked."""
+    records = [make_record() for _ in range(3)]
+    async with closing(way.backend(postgres_sessions_url, timedelta(seconds=PATIENCE))) as backend:
+        for record in records:
+            await backend.insert(record)
+        async with holding(postgres_sessions_url, locking(records[0].id)):
+            ending = asyncio.create_task(backend.delete_all())
+            await blocked(postgres_sessions_url)
+        assert await ending == 3
 
 
 async def test_a_table_that_is_locked(site: Site, postgres_sessions_url: str, observed: Callable[[str], None]) -> None:

@@ -159,9 +159,13 @@ class SQLAlchemyBackend(Revocation):
         return self._write(self._statements.delete_unchanged, id, _unchanged(id, expected), _deleted(expected))
 
     async def purge(self, before: datetime, limit: int) -> int:
-        """Delete one batch of expired rows: one DELETE, which finds them by the expiry index and checks them again."""
+        """Delete one batch of expired rows: one DELETE, which finds them by the expiry index and checks them again.
+
+        It passes over rows that somebody has locked, on PostgreSQL: the next purge will find them.
+        """
         parameters = {"before": before, "limit": limit}
-        return await self._run(lambda turn: turn.count(self._statements.purge, parameters))
+        write = self._statements.purge
+        return await self._run(lambda turn: turn.changed(write, write.passing, parameters))
 
     async def list_for_user(
         self, user_id: str | int, now: datetime | None = None, limit: int = 100
@@ -205,8 +209,9 @@ class SQLAlchemyBackend(Revocation):
 
         Not TRUNCATE, which would need a right that the running application should not have.
         """
+        parameters = {"before": _FOREVER, "limit": _BATCH}
         deleted = 0
-        while count := await self.purge(_FOREVER, _BATCH):
+        while count := await self._run(lambda turn: turn.count(self._statements.purge.plain, parameters)):
             deleted += count
         return deleted
 
@@ -476,6 +481,17 @@ class _Turn:
     async def count(self, statement: sa.Executable, parameters: Parameters) -> int:
         """Return the number of rows affected by a statement that may as well run twice."""
         return await self.again(lambda connection: connection.plain.count(statement, parameters))
+
+    async def changed(self, write: Write, form: sa.Executable, parameters: Parameters) -> int:
+        """Return the number of rows affected by this *form* of *write*, or by the plain one if the database refuses it,
+        as Citus does.
+        """
+        try:
+            return await self.count(form, parameters)
+        except Fault as fault:
+            if fault.state != NOT_SUPPORTED:
+                raise
+        return await self.count(write.plain, parameters)
 
     async def again(self, use: Callable[[Connection], Awaitable[T]]) -> T:
         """Return what *use* returns, which may as well run twice: a dead connection is replaced once."""
