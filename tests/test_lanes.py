@@ -14,9 +14,9 @@ from anyio.lowlevel import checkpoint
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqlsessions.backends.connections import Aiosqlite, Asyncpg
-from sqlsessions.backends.lanes import ENOUGH, MAX_LOAD, MAX_SIZE, Apart, Held, Lane
+from sqlsessions.backends.lanes import ENOUGH, MAX_LOAD, MAX_SIZE, Apart, Lane
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
-from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
+from sqlsessions.backends.supervisor import CircuitBreaker, Held, Lease, Supervisor
 from sqlsessions.errors import BackendError, BackendTimeout, BackendUnavailable, CorruptData, DuplicateId
 from sqlsessions.record import Expected, Record
 from sqlsessions.testing import EVER, MINUTE, START, expecting, following, make_record
@@ -860,7 +860,7 @@ async def test_a_database_that_locks_nothing(postgres_sessions_url: str) -> None
     A view of distinct rows refuses them as well.
     """
     async with closing(SQLAlchemyBackend(postgres_sessions_url)) as backend:
-        records = [make_record() for _ in range(20)]
+        records = [make_record(user_id=user) for user in "ab" * 10]
         await asyncio.gather(*map(backend.insert, records))
         await sql(
             postgres_sessions_url,
@@ -881,8 +881,10 @@ async def test_a_database_that_locks_nothing(postgres_sessions_url: str) -> None
             assert all(outcomes)
             records = changed
         assert await asyncio.gather(*(backend.load(record.id, START) for record in records)) == records
-        assert await backend.purge(records[0].expires_at, 5) == 5
-        assert await backend.delete_all() == 15
+        assert await backend.trim_for_user("a", 3, newest=records[0].id, now=START) == 7
+        assert await backend.delete_for_user("b", keep=records[1].id) == 9
+        assert await backend.purge(records[0].expires_at, 2) == 2
+        assert await backend.delete_all() == 2
 
 
 async def test_several_event_loops(sessions_url: str) -> None:

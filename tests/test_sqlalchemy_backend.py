@@ -466,6 +466,8 @@ async def test_plans(sessions_url: str) -> None:
     this: dict[str, Any] = {"the_id": UUID(int=1), "now": START}
     explain = partial(plan, sessions_url)
     expired: dict[str, Any] = {"before": START, "limit": 1000}
+    theirs: dict[str, Any] = {"the_user_id": "user 3"}
+    kept: dict[str, Any] = {"now": START, "limit": 3, "newest": UUID(int=1)}
     purges = [
         await explain(lambda statements: statements.purge.plain, **expired),
         await explain(lambda statements: statements.purge.passing, **expired),
@@ -478,17 +480,10 @@ async def test_plans(sessions_url: str) -> None:
         (by_key, await explain(lambda statements: statements.delete.passing, the_id=UUID(int=1))),
         *((index, purge) for index in (by_expiry, by_key) for purge in purges),
         (by_user, await explain(lambda statements: statements.list_for_user, the_user_id="user 3", now=START, limit=9)),
-        (by_user, await explain(lambda statements: statements.delete_for_user, the_user_id="user 3")),
-        (
-            by_user,
-            await explain(
-                lambda statements: statements.trim_for_user,
-                the_user_id="user 3",
-                now=START,
-                limit=3,
-                newest=UUID(int=1),
-            ),
-        ),
+        (by_user, await explain(lambda statements: statements.delete_for_user.plain, **theirs)),
+        (by_user, await explain(lambda statements: statements.delete_for_user.prompt, **theirs)),
+        (by_user, await explain(lambda statements: statements.trim_for_user.plain, **theirs, **kept)),
+        (by_user, await explain(lambda statements: statements.trim_for_user.prompt, **theirs, **kept)),
     ]
     for index, found in plans:
         assert index in found, found

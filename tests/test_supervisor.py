@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 from anyio.lowlevel import checkpoint
 
-from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
+from sqlsessions.backends.supervisor import CircuitBreaker, Held, Lease, Supervisor
 from sqlsessions.errors import BackendTimeout, BackendUnavailable, DuplicateId
 
 pytestmark = pytest.mark.anyio
@@ -169,6 +169,27 @@ async def test_an_event_loop_that_is_always_late(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BackendTimeout):
         await task
     stubborn.let_go.set()
+
+
+async def test_a_lock_is_waited_for_without_a_slot() -> None:
+    """An operation that meets a lock is tried again until it is done, and lets others have their turn meanwhile; if it
+    never is, the circuit breaker does not hear of it.
+    """
+    runs = supervisor(slots=1, threshold=1)
+    met: list[Exception] = [Held(), Held()]
+
+    async def meet(lease: Lease) -> int:
+        if met:
+            raise met.pop()
+        return 1
+
+    done, other = await asyncio.gather(runs.run(meet), runs.run(answer))
+    assert (done, other, met) == (1, 42, [])
+    runs.deadline = 0.05
+    met = [Held() for _ in range(99)]
+    with pytest.raises(BackendTimeout):
+        await runs.run(meet)
+    assert await runs.run(answer) == 42
 
 
 async def test_error_after_the_deadline() -> None:

@@ -264,8 +264,10 @@ class Statements:
             .limit(sa.bindparam("limit", type_=sa.Integer))
         )
         self.list_ids_for_user = self.list_for_user.with_only_columns(columns.id)
-        self.delete_for_user = sa.delete(table).where(owner)
-        self.delete_for_user_except = self.delete_for_user.where(columns.id != sa.bindparam("kept", type_=sa.Uuid))
+        self.delete_for_user = _of_several(table, dialect, owner)
+        self.delete_for_user_except = _of_several(
+            table, dialect, owner, columns.id != sa.bindparam("kept", type_=sa.Uuid)
+        )
         others = table.alias("others")
         kept = (
             sa.select(others.c.id)
@@ -277,11 +279,12 @@ class Statements:
             )
             .limit(sa.bindparam("limit", type_=sa.Integer))
         )
-        self.trim_for_user = sa.delete(table).where(owner, live, columns.id.not_in(kept))
+        self.trim_for_user = _of_several(table, dialect, owner, live, columns.id.not_in(kept))
         outdated = sa.select(columns.id).where(before).order_by(columns.expires_at)
         outdated = outdated.limit(sa.bindparam("limit", type_=sa.Integer))
         # The expiry is checked again: a session extended since it was selected survives (R86).
-        self.purge = _of_several(dialect, outdated, before)
+        purge = sa.delete(table).where(_chosen(dialect, columns.id, outdated), before)
+        self.purge = _of_those(outdated, dialect, purge)
         self.ping = sa.select(sa.literal(1))
         self.begin = sa.text("BEGIN IMMEDIATE" if dialect == "sqlite" else "BEGIN")
         self.commit = sa.text("COMMIT")
@@ -331,14 +334,21 @@ def _forms(
     return Write(plain, passing, prompt, None if many is None else many(table))
 
 
-def _of_several(dialect: str, ids: sa.Select[tuple[UUID]], *conditions: sa.ColumnElement[bool]) -> Write:
-    """Return the DELETE of the rows that *ids* finds, as far as they fulfil *conditions*."""
-    column = ids.selected_columns[0]
-    plain, passing, prompt = (
-        sa.delete(column.table).where(_chosen(dialect, column, found), *conditions)
-        for found in (ids, ids.with_for_update(skip_locked=True), ids.with_for_update(nowait=True))
+def _of_several(table: sa.Table, dialect: str, *conditions: sa.ColumnElement[bool]) -> Write:
+    """Return the DELETE of all rows that fulfil *conditions*."""
+    return _of_those(sa.select(table.c.id).where(*conditions), dialect, sa.delete(table).where(*conditions))
+
+
+def _of_those(ids: sa.Select[tuple[UUID]], dialect: str, plain: sa.Delete) -> Write:
+    """Return the DELETE of the rows that *ids* finds, which *plain* deletes, too."""
+    if dialect != "postgresql":
+        return Write(plain, plain, plain)
+    # As in `_forms`: what has the lock stays as it was found.
+    passing, prompt = (
+        sa.delete(plain.table).where(_chosen(dialect, plain.table.c.id, locked))
+        for locked in (ids.with_for_update(skip_locked=True), ids.with_for_update(nowait=True))
     )
-    return Write(plain, passing, prompt) if dialect == "postgresql" else Write(plain, plain, plain)
+    return Write(plain, passing, prompt)
 
 
 #: The parameters of `Statements.replace_data` of which `columns` makes those of its `many`.

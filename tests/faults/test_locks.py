@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -14,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from sqlsessions.backends.sqlalchemy import SQLAlchemyBackend
-from sqlsessions.errors import BackendUnavailable
+from sqlsessions.errors import BackendTimeout, BackendUnavailable
 from sqlsessions.record import Record
 from sqlsessions.session import Session
 from sqlsessions.testing import MINUTE, START, make_record
@@ -26,7 +27,7 @@ from tests.staging import Browser, Do, Site, Staged
 pytestmark = pytest.mark.anyio
 
 #: Something done to the session of one record.
-Act = Callable[[SQLAlchemyBackend, Record], Awaitable[object]]
+Act = Callable[[SQLAlchemyBackend, Record], Awaitable[Any]]
 
 LIMIT = (DEADLINE + SLACK).total_seconds()
 
@@ -138,6 +139,43 @@ async def test_a_locked_row_is_no_outage(site: Site, postgres_sessions_url: str)
             assert {answer.status for answer, _ in answers} == {503}
             assert (await timed(other, count))[0].status == 200
             assert (await timed(one, read))[0].status == 200
+
+
+#: What changes all rows of a user, as a login and a logout everywhere do, but for the one row.
+OF_A_USER: dict[str, Act] = {
+    "revoke_all": lambda backend, record: backend.revoke_all("somebody", keep=record.id),
+    "trim": lambda backend, record: backend.trim_for_user("somebody", 1, newest=record.id, now=START),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_USER)
+async def test_a_row_of_a_user_that_is_locked(way: Way, postgres_sessions_url: str, name: str) -> None:
+    """What is to end all sessions of a user waits for a locked one, and lets everybody else pass, however many of it
+    there are (R83).
+    """
+    locked, other, kept = (make_record(user_id="somebody") for _ in range(3))
+    async with closing(way.backend(postgres_sessions_url, timedelta(seconds=PATIENCE))) as backend:
+        for record in (locked, other, kept):
+            await backend.insert(record)
+        async with holding(postgres_sessions_url, locking(locked.id)):
+            waiting = [asyncio.ensure_future(OF_A_USER[name](backend, kept)) for _ in range(3)]
+            for _ in range(30):
+                assert await backend.load(other.id, START) == other
+            assert not any(task.done() for task in waiting)
+        assert sorted(await asyncio.gather(*waiting)) == [0, 0, 2]
+
+
+@pytest.mark.parametrize("name", OF_A_USER)
+async def test_a_locked_row_of_a_user_is_no_outage(way: Way, postgres_sessions_url: str, name: str) -> None:
+    """Its timeouts do not refuse other sessions either (R83)."""
+    locked, kept = (make_record(user_id="somebody") for _ in range(2))
+    async with closing(way.backend(postgres_sessions_url)) as backend:
+        for record in (locked, kept):
+            await backend.insert(record)
+        async with holding(postgres_sessions_url, locking(locked.id)):
+            outcomes = await asyncio.gather(*(OF_A_USER[name](backend, kept) for _ in range(8)), return_exceptions=True)
+            assert {type(outcome) for outcome in outcomes} == {BackendTimeout}
+            assert await backend.load(kept.id, START) == kept
 
 
 async def test_a_purge_and_a_row_that_is_locked(way: Way, postgres_sessions_url: str) -> None:
@@ -264,7 +302,7 @@ async def test_a_deadlock(way: Way, postgres_sessions_url: str) -> None:
         async with holding(
             postgres_sessions_url, f"SET deadlock_timeout TO '{PATIENCE}s'", locking(second.id)
         ) as connection:
-            deleting = asyncio.create_task(backend.delete_for_user("somebody"))
+            deleting = asyncio.create_task(backend.delete_all())
             await blocked(postgres_sessions_url)
             await connection.execute(sa.text(locking(first.id)))
         assert await deleting == 2

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 from uuid import UUID
 
-from sqlsessions.backends.supervisor import Lease, Supervisor
+from sqlsessions.backends.supervisor import PAUSE, Held, Lease, Supervisor
 from sqlsessions.errands import Errand
 from sqlsessions.errors import BackendUnavailable
 
@@ -29,8 +29,6 @@ MAX_SIZE = 512 * 1024
 #: What a statement costs by itself is a small part of the cost of so many requests; more would save little, and leave
 #: the database idle until the last of them has come.
 ENOUGH = 16
-#: Seconds until a row that somebody else had locked is tried again.
-PAUSE = 0.02
 
 
 class Work(Protocol):
@@ -49,16 +47,6 @@ W = TypeVar("W", bound=Work)
 W_contra = TypeVar("W_contra", bound=Work, contravariant=True)
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
-
-
-class Held(Exception):
-    """Somebody else has locked the row, and the work is to be tried again in a moment. Nothing was done, unless by a
-    try before this one of which nobody knows (*lost*): then it may be that one which has the lock.
-    """
-
-    def __init__(self, *, lost: bool = False) -> None:
-        super().__init__()
-        self.lost = lost
 
 
 class Apart(Exception):

@@ -29,8 +29,8 @@ from sqlsessions.backends.connections import (
     new_engine,
     silence,
 )
-from sqlsessions.backends.lanes import ENOUGH, MAX_LOAD, PATIENCE, Apart, Held, Lane
-from sqlsessions.backends.supervisor import CircuitBreaker, Lease, Supervisor
+from sqlsessions.backends.lanes import ENOUGH, MAX_LOAD, PATIENCE, Apart, Lane
+from sqlsessions.backends.supervisor import CircuitBreaker, Held, Lease, Supervisor
 from sqlsessions.errors import (
     BackendError,
     BackendReadOnly,
@@ -187,22 +187,24 @@ class SQLAlchemyBackend(Revocation):
             return None
 
     async def delete_for_user(self, user_id: str | int, *, keep: UUID | None = None) -> int:
-        """Delete the user's rows, but for *keep*: one DELETE."""
+        """Delete the user's rows, but for *keep*: one DELETE, tried again while somebody has one of them locked."""
         parameters: dict[str, Any] = {"the_user_id": owner(user_id)}
-        statement = self._statements.delete_for_user
+        write = self._statements.delete_for_user
         if keep is not None:
-            statement = self._statements.delete_for_user_except
+            write = self._statements.delete_for_user_except
             parameters["kept"] = keep
-        return await self._run(lambda turn: turn.count(statement, parameters))
+        return await self._run(lambda turn: turn.changed(write, write.prompt, parameters))
 
     async def trim_for_user(self, user_id: str | int, limit: int, *, newest: UUID, now: datetime) -> int:
-        """Delete the user's live rows but for the *limit* most recently seen: one DELETE.
+        """Delete the user's live rows but for the *limit* most recently seen: one DELETE, tried again while somebody
+        has one of them locked.
 
         It sees what was committed before it began, so that of parallel logins, each of which trims after its own
         commit, the last to begin leaves no more than *limit*, whatever the isolation level.
         """
         parameters = {"the_user_id": owner(user_id), "limit": limit, "newest": newest, "now": now}
-        return await self._run(lambda turn: turn.count(self._statements.trim_for_user, parameters))
+        write = self._statements.trim_for_user
+        return await self._run(lambda turn: turn.changed(write, write.prompt, parameters))
 
     async def delete_all(self) -> int:
         """Delete every row, in batches: one DELETE of them all might take longer than the deadline.
@@ -484,11 +486,13 @@ class _Turn:
 
     async def changed(self, write: Write, form: sa.Executable, parameters: Parameters) -> int:
         """Return the number of rows affected by this *form* of *write*, or by the plain one if the database refuses it,
-        as Citus does.
+        as Citus does. Raise `Held` rather than wait for a lock, if that is what the form does.
         """
         try:
             return await self.count(form, parameters)
         except Fault as fault:
+            if fault.state == LOCKED and form is write.prompt:
+                raise Held from None
             if fault.state != NOT_SUPPORTED:
                 raise
         return await self.count(write.plain, parameters)

@@ -19,12 +19,24 @@ T = TypeVar("T")
 
 #: Seconds between two looks at what is running: one timer for everything costs a request nothing.
 _LOOK = 0.05
+#: Seconds until a row that somebody else had locked is tried again.
+PAUSE = 0.02
+
+
+class Held(Exception):
+    """Somebody else has locked the row, and the work is to be tried again in a moment. Nothing was done, unless by a
+    try before this one of which nobody knows (*lost*): then it may be that one which has the lock.
+    """
+
+    def __init__(self, *, lost: bool = False) -> None:
+        super().__init__()
+        self.lost = lost
 
 
 class Lease:
     """Held by a running operation; says how to end it from outside once it has a connection."""
 
-    __slots__ = ("abandoned", "asks", "begun", "give_up", "overdue", "task", "terminate")
+    __slots__ = ("abandoned", "asks", "begun", "give_up", "held", "overdue", "pausing", "task", "terminate")
 
     #: What does the operation, for somebody or by itself.
     task: asyncio.Task[Any] | Errand
@@ -39,6 +51,10 @@ class Lease:
         self.abandoned = False
         #: Whether the database is asked for anything, so that its end is an answer.
         self.asks = True
+        #: Whether a row was met that somebody has locked: then a timeout says nothing about the database.
+        self.held = False
+        #: Whether it waits for that row just now, in nobody's place.
+        self.pausing = False
         #: Cuts the connection without waiting for the server. None while there is none: then the operation is
         #: cancelled instead.
         self.terminate: Callable[[], object] | None = None
@@ -154,14 +170,15 @@ class Supervisor:
     async def run(self, operation: Callable[[Lease], Awaitable[T]]) -> T:
         """Return what *operation* returns; raise `BackendTimeout` when the deadline passes, whatever the server does.
 
-        Cancelling the caller cancels nothing here: the operation goes on, to its own end or its deadline.
+        One that raises `Held` is tried again in a moment, and keeps no slot meanwhile. Cancelling the caller cancels
+        nothing here: the operation goes on, to its own end or its deadline.
         """
         self.accept()
         outcome: asyncio.Future[T] = self.loop.create_future()
 
         def give_up() -> None:
             self.settled()
-            late = self.late()
+            late = self.late(counted=not lease.held)
             if not outcome.done():
                 outcome.set_exception(late)
 
@@ -192,7 +209,7 @@ class Supervisor:
         self, operation: Callable[[Lease], Awaitable[T]], *, give_up: Callable[[], None]
     ) -> tuple[Lease, asyncio.Task[T]]:
         lease = Lease(self.loop.time(), give_up=give_up)
-        task = lease.task = self.loop.create_task(self._in_turn(operation, lease))
+        task = lease.task = self.loop.create_task(self._until_free(operation, lease))
         task.add_done_callback(lambda _: self.ended(lease))
         self._watch(lease)
         return lease, task
@@ -220,6 +237,18 @@ class Supervisor:
             if lease.asks and not lease.abandoned:
                 self._breaker.answered()
             self._pass_on()
+
+    async def _until_free(self, operation: Callable[[Lease], Awaitable[T]], lease: Lease) -> T:
+        """Do it in turn, as often as it meets a row that somebody has locked."""
+        while True:
+            try:
+                return await self._in_turn(operation, lease)
+            except Held:
+                if lease.abandoned:
+                    raise
+            lease.held = lease.pausing = True
+            await asyncio.sleep(PAUSE)
+            lease.pausing = False
 
     async def _place(self) -> None:
         """Wait for a place that somebody leaves."""
@@ -266,7 +295,8 @@ class Supervisor:
 
     def _abandon(self, lease: Lease) -> None:
         self._running.discard(lease)
-        self._abandoned.add(lease)
+        if not lease.pausing:
+            self._abandoned.add(lease)
         lease.abandoned = True
         if lease.give_up is not None:
             lease.give_up()
