@@ -311,7 +311,7 @@ OPERATIONS: dict[str, tuple[Callable[[SQLAlchemyBackend, Record], Awaitable[obje
         lambda backend, record: backend.trim_for_user("me", 1, newest=record.id, now=START),
         ["DELETE"],
     ),
-    "delete_all": (lambda backend, record: backend.delete_all(), ["DELETE", "DELETE"]),
+    "delete_all": (lambda backend, record: backend.delete_all(), ["DELETE", "DELETE", "SELECT"]),
     "ping": (lambda backend, record: backend.ping(), ["SELECT"]),
 }
 

@@ -285,6 +285,9 @@ class Statements:
         # The expiry is checked again: a session extended since it was selected survives (R86).
         purge = sa.delete(table).where(_chosen(dialect, columns.id, outdated), before)
         self.purge = _of_those(outdated, dialect, purge)
+        # As text, which an id is that cannot be read, too.
+        oldest = sa.select(sa.cast(columns.id, sa.Text)).order_by(columns.expires_at)
+        self.oldest = oldest.limit(sa.literal_column("1", sa.Integer))
         self.ping = sa.select(sa.literal(1))
         self.begin = sa.text("BEGIN IMMEDIATE" if dialect == "sqlite" else "BEGIN")
         self.commit = sa.text("COMMIT")

@@ -202,6 +202,36 @@ async def test_the_end_of_everything_and_a_row_that_is_locked(way: Way, postgres
         assert await ending == 3
 
 
+async def test_everything_is_ended_by_two_at_once(
+    way: Way, postgres_sessions_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ending every session is not over while there are any left, though somebody else has ended a whole batch (R42)."""
+    monkeypatch.setattr("sqlsessions.backends.sqlalchemy._BATCH", 2)
+    records = [make_record(expires_at=START + number * MINUTE) for number in range(4)]
+    async with closing(way.backend(postgres_sessions_url, timedelta(seconds=PATIENCE))) as backend:
+        for record in records:
+            await backend.insert(record)
+        first = ", ".join(f"'{record.id}'" for record in records[:2])
+        async with holding(postgres_sessions_url, f"DELETE FROM web_sessions WHERE id IN ({first})"):  # noqa: S608
+            ending = asyncio.create_task(backend.delete_all())
+            await blocked(postgres_sessions_url)
+        assert await ending == 2
+        assert await sql(postgres_sessions_url, "SELECT id FROM web_sessions") == []
+
+
+async def test_the_end_of_everything_where_nothing_can_be_deleted(way: Way, postgres_sessions_url: str) -> None:
+    """What cannot be deleted, though nobody says why, is not tried for ever."""
+    async with closing(way.backend(postgres_sessions_url, timedelta(seconds=PATIENCE))) as backend:
+        await backend.insert(make_record())
+        await sql(
+            postgres_sessions_url,
+            "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+            "CREATE TRIGGER keep BEFORE DELETE ON web_sessions FOR EACH ROW EXECUTE FUNCTION keep()",
+        )
+        async with asyncio.timeout(PATIENCE):
+            assert await backend.delete_all() == 0
+
+
 async def test_a_table_that_is_locked(site: Site, postgres_sessions_url: str, observed: Callable[[str], None]) -> None:
     """While a migration keeps the table, everybody is answered by the deadline, and routes without a session at once;
     then all goes on (R83).

@@ -212,10 +212,16 @@ class SQLAlchemyBackend(Revocation):
         Not TRUNCATE, which would need a right that the running application should not have.
         """
         parameters = {"before": _FOREVER, "limit": _BATCH}
-        deleted = 0
-        while count := await self._run(lambda turn: turn.count(self._statements.purge.plain, parameters)):
+        deleted, left = 0, None
+        while True:
+            count = await self._run(lambda turn: turn.count(self._statements.purge.plain, parameters))
             deleted += count
-        return deleted
+            if count:
+                continue
+            # Somebody else may have taken all of the batch, and perhaps the next one, but not the same row again.
+            before, left = left, await self._run(lambda turn: turn.rows(self._statements.oldest, {}))
+            if left in ([], before):
+                return deleted
 
     async def ping(self) -> None:
         """Return if the database answers, for a health route; raise `BackendError` otherwise."""
