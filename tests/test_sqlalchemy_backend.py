@@ -772,6 +772,17 @@ async def test_corrupt_row_sqlite(sqlite_sessions_url: str, corruption: str) -> 
     await check_corrupt(sqlite_sessions_url, corruption)
 
 
+@pytest.mark.parametrize("id_", ["'not an id'", "x'fffe'", "x'00'", "5"])
+async def test_an_id_that_cannot_be_read(sqlite_sessions_url: str, id_: str) -> None:
+    """A row whose very id is none is left out of a list, and ends with its user's others (R99)."""
+    async with closing(SQLAlchemyBackend(sqlite_sessions_url)) as backend:
+        await backend.insert(make_record(user_id="somebody"))
+        await sql(sqlite_sessions_url, f"UPDATE web_sessions SET id = {id_}")  # noqa: S608 - from the list above
+        await backend.insert(other := make_record(user_id="somebody"))
+        assert await backend.list_for_user("somebody", START) == [other]
+        assert await backend.delete_for_user("somebody") == 2
+
+
 @pytest.mark.parametrize("corruption", CORRUPTIONS["postgresql"])
 async def test_corrupt_row_postgresql(postgres_sessions_url: str, corruption: str) -> None:
     """The same in PostgreSQL, whose columns refuse most of it; its timestamps reach further than Python's."""

@@ -263,7 +263,9 @@ class Statements:
             .order_by(columns.last_seen_at.desc(), columns.id)
             .limit(sa.bindparam("limit", type_=sa.Integer))
         )
-        self.list_ids_for_user = self.list_for_user.with_only_columns(columns.id)
+        # As bytes in SQLite, which lets anything into a column, and not only texts.
+        id_ = columns.id if dialect != "sqlite" else sa.cast(columns.id, sa.LargeBinary)
+        self.list_ids_for_user = self.list_for_user.with_only_columns(id_.label("id"))
         self.delete_for_user = _of_several(table, dialect, owner)
         self.delete_for_user_except = _of_several(
             table, dialect, owner, columns.id != sa.bindparam("kept", type_=sa.Uuid)

@@ -180,10 +180,10 @@ class SQLAlchemyBackend(Revocation):
             rows = await self._run(lambda turn: turn.rows(self._statements.list_ids_for_user, parameters))
             return [record for row in rows if (record := await self._readable(row.id, now)) is not None]
 
-    async def _readable(self, id: UUID, now: datetime) -> Record | None:  # noqa: A002
+    async def _readable(self, id: UUID | bytes, now: datetime) -> Record | None:  # noqa: A002
         try:
-            return await self.load(id, now)
-        except CorruptData:
+            return await self.load(id if isinstance(id, UUID) else UUID(id.decode()), now)
+        except (CorruptData, ValueError):
             return None
 
     async def delete_for_user(self, user_id: str | int, *, keep: UUID | None = None) -> int:
