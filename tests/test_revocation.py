@@ -1,8 +1,13 @@
 """Ending sessions from outside of them: one, a user's, everybody's."""
 
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+from uuid import UUID
+
 import pytest
 
-from sqlsessions import InMemoryBackend, InvalidData, Record, SQLAlchemyBackend, migrate
+from sqlsessions import BackendError, InMemoryBackend, InvalidData, Record, SQLAlchemyBackend, migrate
 from sqlsessions.testing import EVER, START, make_record
 
 pytestmark = pytest.mark.anyio
@@ -54,6 +59,27 @@ async def test_revoke_all(backend: Revocable) -> None:
     assert await alive(backend, records) == [False, True, False, True]
     assert await backend.revoke_all("me") == 1
     assert await alive(backend, records) == [False, False, False, True]
+
+
+@pytest.mark.parametrize("spelled", [str, attrgetter("bytes"), attrgetter("int")], ids=["str", "bytes", "int"])
+async def test_revoke_all_but_what_is_no_id(backend: Revocable, spelled: Callable[[UUID], Any]) -> None:
+    """What is no id to keep is refused, on every backend alike, and nothing ends."""
+    records = await fill(backend, "me", "me")
+    with pytest.raises(BackendError, match="a session's id is a UUID"):
+        await backend.revoke_all("me", keep=spelled(records[0].id))
+    assert await alive(backend, records) == [True, True]
+
+
+async def test_negative_limits(backend: Revocable) -> None:
+    """A negative limit is refused, on every backend alike."""
+    records = await fill(backend, "me")
+    with pytest.raises(BackendError, match="a limit is at least 0, not -1"):
+        await backend.list_for_user("me", START, -1)
+    with pytest.raises(BackendError, match="a limit is at least 0, not -1"):
+        await backend.purge(EVER, -1)
+    assert await alive(backend, records) == [True]
+    assert list(await backend.list_for_user("me", START, 0)) == []
+    assert await backend.purge(EVER, 0) == 0
 
 
 async def test_revoke_everything(backend: Revocable) -> None:

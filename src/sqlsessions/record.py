@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlsessions.errors import ConfigurationError, InvalidData
+from sqlsessions.errors import BackendError, ConfigurationError, InvalidData
 
 #: The layout of a row that this version writes. Readers tolerate higher numbers, so that during a rolling deploy N
 #: and N+1 share a table.
@@ -169,6 +169,20 @@ class Timeouts:
 def is_span(value: object, least: timedelta) -> bool:
     """Tell whether *value* is a timedelta, which a setting in seconds is not, and no less than *least*."""
     return isinstance(value, timedelta) and value >= least
+
+
+def checked_id(id: UUID) -> UUID:  # noqa: A002
+    """Return *id*; raise `BackendError` for what is no UUID, whose text a driver might take, but not among others."""
+    if isinstance(id, UUID):
+        return id
+    raise BackendError(f"a session's id is a UUID, not {type(id).__name__}")
+
+
+def checked_limit(limit: int) -> int:
+    """Return *limit*; raise `BackendError` for a negative one, which databases take for none, or refuse."""
+    if limit < 0:
+        raise BackendError(f"a limit is at least 0, not {limit}")
+    return limit
 
 
 def next_version(version: int) -> int:

@@ -6,7 +6,7 @@ from uuid import UUID
 
 from sqlsessions.backends.base import Revocation, owner
 from sqlsessions.errors import DuplicateId
-from sqlsessions.record import Expected, Record, utc_now
+from sqlsessions.record import Expected, Record, checked_id, checked_limit, utc_now
 
 
 class InMemoryBackend(Revocation):
@@ -58,6 +58,7 @@ class InMemoryBackend(Revocation):
 
     async def purge(self, before: datetime, limit: int) -> int:
         """Delete at most *limit* expired records, the oldest first."""
+        checked_limit(limit)
         expired = [record for record in self._records.values() if record.expires_at <= before]
         expired.sort(key=lambda record: record.expires_at)
         for record in expired[:limit]:
@@ -68,6 +69,7 @@ class InMemoryBackend(Revocation):
         self, user_id: str | int, now: datetime | None = None, limit: int = 100
     ) -> Sequence[Record]:
         """Return the user's live records, most recently seen first."""
+        checked_limit(limit)
         user, now = owner(user_id), now or utc_now()
         found = [record for record in self._records.values() if record.user_id == user and record.expires_at > now]
         return sorted(found, key=lambda record: (-record.last_seen_at.timestamp(), record.id))[:limit]
@@ -75,6 +77,8 @@ class InMemoryBackend(Revocation):
     async def delete_for_user(self, user_id: str | int, *, keep: UUID | None = None) -> int:
         """Delete the user's records, but for *keep*."""
         user = owner(user_id)
+        if keep is not None:
+            checked_id(keep)
         doomed = [record.id for record in self._records.values() if record.user_id == user and record.id != keep]
         for id_ in doomed:
             del self._records[id_]

@@ -41,7 +41,7 @@ from sqlsessions.errors import (
     DuplicateId,
     SchemaMissing,
 )
-from sqlsessions.record import Expected, Record, is_span, utc_now
+from sqlsessions.record import Expected, Record, checked_id, checked_limit, is_span, utc_now
 from sqlsessions.schema import DEFAULT_TABLE, Statements, Write, async_url, in_memory, sessions_table
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class SQLAlchemyBackend(Revocation):
 
         Raises `CorruptData` for a row that this library cannot have written.
         """
-        room, read = self._at_hand(), _Read(_checked(id), now)
+        room, read = self._at_hand(), _Read(checked_id(id), now)
         return self._load(read) if room is None else room.read(read)
 
     async def _load(self, read: "_Read") -> Record | None:
@@ -163,7 +163,7 @@ class SQLAlchemyBackend(Revocation):
 
         It passes over rows that somebody has locked, on PostgreSQL: the next purge will find them.
         """
-        parameters = {"before": before, "limit": limit}
+        parameters = {"before": before, "limit": checked_limit(limit)}
         write = self._statements.purge
         return await self._run(lambda turn: turn.changed(write, write.passing, parameters))
 
@@ -172,7 +172,7 @@ class SQLAlchemyBackend(Revocation):
     ) -> Sequence[Record]:
         """Return the user's live records, most recently seen first: one SELECT, unless there are corrupt rows."""
         now = now or utc_now()
-        parameters = {"the_user_id": owner(user_id), "now": now, "limit": limit}
+        parameters = {"the_user_id": owner(user_id), "now": now, "limit": checked_limit(limit)}
         try:
             return await self._run(lambda turn: turn.records(self._statements.list_for_user, parameters))
         except CorruptData:
@@ -192,7 +192,7 @@ class SQLAlchemyBackend(Revocation):
         write = self._statements.delete_for_user
         if keep is not None:
             write = self._statements.delete_for_user_except
-            parameters["kept"] = keep
+            parameters["kept"] = checked_id(keep)
         return await self._run(lambda turn: turn.changed(write, write.prompt, parameters))
 
     async def trim_for_user(self, user_id: str | int, limit: int, *, newest: UUID, now: datetime) -> int:
@@ -249,7 +249,7 @@ class SQLAlchemyBackend(Revocation):
     ) -> Coroutine[Any, Any, bool]:
         # No coroutine around the lane's own: each that waits is left and entered again.
         data = parameters.get("data")
-        change = _Change(_checked(id), parameters, write, done, len(data) if isinstance(data, str) else 0)
+        change = _Change(checked_id(id), parameters, write, done, len(data) if isinstance(data, str) else 0)
         room = self._at_hand()
         return self._change(change) if room is None else room.write(change)
 
@@ -563,13 +563,6 @@ def _model_engine(engine: str | sa.URL | AsyncEngine, deadline: float) -> Engine
             "sqlite+aiosqlite:///sessions.db, or use InMemoryBackend"
         )
     return model
-
-
-def _checked(id: UUID) -> UUID:  # noqa: A002
-    """Return *id*. Alone a driver might take the text of one, but not among others."""
-    if isinstance(id, UUID):
-        return id
-    raise BackendError(f"a session's id is a UUID, not {type(id).__name__}")
 
 
 def _unchanged(id: UUID, expected: Expected) -> dict[str, Any]:  # noqa: A002
