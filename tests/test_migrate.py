@@ -405,6 +405,17 @@ async def test_parallel_upgrades(database_url: str) -> None:
     await migrate.check(database_url)
 
 
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+async def test_parallel_upgrades_in_isolation(postgres_url: str, level: str) -> None:
+    """They do so whatever isolation the server has by default, and so do downgrades."""
+    database = sa.make_url(postgres_url).database
+    await sql(postgres_url, f"ALTER DATABASE {database} SET default_transaction_isolation TO '{level}'")
+    await asyncio.gather(*[migrate.upgrade(postgres_url) for _ in range(8)])
+    await migrate.check(postgres_url)
+    await asyncio.gather(*[migrate.downgrade(postgres_url) for _ in range(4)])
+    assert await migrate.current(postgres_url) is None
+
+
 async def test_parallel_processes(database_url: str, tmp_path: Path) -> None:
     """Processes that upgrade at once all succeed, by our command and by Alembic's."""
     calls = [

@@ -326,11 +326,7 @@ async def _connection(target: Target) -> AsyncGenerator[AsyncConnection, None]:
         yield target
     elif isinstance(target, AsyncEngine):
         async with target.connect() as connection:
-            if connection.dialect.name == "postgresql":
-                # Whatever the engine's own level: in autocommit the lock would be given back at once, and a
-                # snapshot taken before the wait for it would not show the version table that another worker
-                # has made meanwhile.
-                await connection.execution_options(isolation_level="READ COMMITTED")
+            await _committed(connection)
             yield connection
     else:
         url = async_url(target)
@@ -339,7 +335,17 @@ async def _connection(target: Target) -> AsyncGenerator[AsyncConnection, None]:
                 "an in-memory SQLite is gone with its connection: name a file, sqlite+aiosqlite:///sessions.db"
             )
         async with aclosing(await connected(_engine(url))) as connection:
+            await _committed(connection)
             yield connection
+
+
+async def _committed(connection: AsyncConnection) -> None:
+    """Have what others commit be seen, whatever the level of the engine or the server: in autocommit the lock would be
+    given back at once, and a snapshot taken before the wait for it would not show the version table that another worker
+    has made meanwhile.
+    """
+    if connection.dialect.name == "postgresql":
+        await connection.execution_options(isolation_level="READ COMMITTED")
 
 
 def _engine(url: sa.URL) -> AsyncEngine:
