@@ -260,6 +260,33 @@ async def test_connect_listeners(postgres_url: str) -> None:
     assert len(named) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "encoder", "decoder"), [("json", json.dumps, json.loads), ("uuid", str, str)], ids=["json", "uuid"]
+)
+async def test_codecs(
+    postgres_sessions_url: str, name: str, encoder: Callable[[Any], str], decoder: Callable[[str], Any]
+) -> None:
+    """How an application has asyncpg read and write its own json and uuid changes nothing about sessions."""
+    engine = create_async_engine(postgres_sessions_url)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def set_codec(connection: Any, record: Any) -> None:
+        async def set_it(driver: Any) -> None:
+            await driver.set_type_codec(name, encoder=encoder, decoder=decoder, schema="pg_catalog")
+
+        connection.run_async(set_it)
+
+    records = [make_record(data='{"a":1}') for _ in range(3)]
+    async with closing(SQLAlchemyBackend(engine)) as backend:
+        await everything(backend)
+        await asyncio.gather(*map(backend.insert, records))
+        assert await asyncio.gather(*(backend.load(record.id, START) for record in records)) == records
+        assert await asyncio.gather(*(backend.replace(following(each), expecting(each)) for each in records))
+        rows = await sql(postgres_sessions_url, "SELECT data #>> '{}' AS text FROM web_sessions")
+        assert {row.text for row in rows} == {following(records[0]).data}
+    await engine.dispose()
+
+
 async def test_table_and_schema(postgres_url: str) -> None:
     """The table may have another name, in another schema (R111)."""
     metadata = sa.MetaData()

@@ -563,6 +563,7 @@ def _engine_like(model: Engine) -> AsyncEngine:
     )
     engine = Engine(pool, model.dialect, model.url, logging_name=_LOGGING_NAME, hide_parameters=True)
     event.listen(pool, "connect", lambda connection, _: _set_autocommit(model.dialect, connection))
+    event.listen(pool, "connect", lambda connection, _: _reset_codecs(model.dialect, connection))
     event.listen(engine, "handle_error", _discard_wrong_server)
     return AsyncEngine(engine)
 
@@ -580,6 +581,15 @@ def _set_autocommit(dialect: Dialect, connection: Any) -> None:
 
         await_only(driver._execute(forget_its_own))  # noqa: SLF001
     dialect.set_isolation_level(connection, "AUTOCOMMIT")
+
+
+def _reset_codecs(dialect: Dialect, connection: Any) -> None:
+    """Have asyncpg take and give texts for JSON, and ids as they are, whatever a listener of the user's has it do."""
+    if dialect.driver == "asyncpg":
+        driver: Any = dialect.get_driver_connection(connection)
+        for name in ("json", "uuid"):
+            # Of types that it knows by itself it asks the server nothing.
+            await_only(driver.reset_type_codec(name, schema="pg_catalog"))
 
 
 def _discard_wrong_server(context: sa.ExceptionContext) -> None:
