@@ -192,6 +192,24 @@ async def test_a_lock_is_waited_for_without_a_slot() -> None:
     assert await runs.run(answer) == 42
 
 
+async def test_nobody_is_taken_on_while_all_slots_are_lost() -> None:
+    """Where every slot is kept by what cannot be ended, there is no use in waiting for one, whatever it waits for."""
+    runs, stubborn = supervisor(slots=1, deadline=0.05), Stubborn()
+
+    async def meet(lease: Lease) -> None:
+        lease.held = True
+        await stubborn(lease)
+
+    with pytest.raises(BackendTimeout):
+        await runs.run(meet)
+    with pytest.raises(BackendUnavailable, match="every connection"):
+        await runs.run(answer)
+    stubborn.let_go.set()
+    await stubborn.ended.wait()
+    await checkpoint()
+    assert await runs.run(answer) == 42
+
+
 async def test_error_after_the_deadline() -> None:
     """What an abandoned operation raises in the end is nobody's concern."""
     stubborn = Stubborn()
