@@ -24,7 +24,7 @@ from sqlsessions.errors import BackendTimeout, BackendUnavailable, DuplicateId
 from sqlsessions.record import Record
 from sqlsessions.testing import EVER, MINUTE, START, expecting, following, make_record
 from tests.commands import run
-from tests.looking import PATIENCE, blocked, closing, everything, pids, recover, sql
+from tests.looking import PATIENCE, blocked, closing, everything, pids, recover, sql, threads_ended
 from tests.proxy import proxied
 from tests.servers import PgBouncer
 
@@ -130,6 +130,38 @@ async def test_closed_while_working(backend: SQLAlchemyBackend) -> None:
     await asyncio.wait({closing_it})
     await asyncio.gather(*work)
     await backend.aclose()
+
+
+# databases that let nobody in
+
+
+@pytest.mark.parametrize(
+    ("change", "meaning"),
+    [
+        (lambda url: url.set(database="nowhere"), r"no database of this name: check the URL .*3D000"),
+        (lambda url: url.set(username="nobody"), r"does not let this user in: check the URL, .*28000"),
+        (lambda url: url.set(host="nobody.invalid"), "host is not known: check the URL"),
+        (lambda url: url.set(port=1), "no connection to the database .*Refused"),
+    ],
+    ids=["database", "user", "host", "port"],
+)
+async def test_a_url_that_leads_nowhere(
+    postgres_sessions_url: str, change: Callable[[sa.URL], sa.URL], meaning: str
+) -> None:
+    """What is wrong with a URL is said in words of ours: those of servers may quote anything (R107)."""
+    async with closing(SQLAlchemyBackend(change(sa.make_url(postgres_sessions_url)))) as backend:
+        with pytest.raises(BackendUnavailable, match=meaning):
+            await backend.ping()
+
+
+async def test_a_file_that_is_none(tmp_path: Path) -> None:
+    """The same of SQLite's files."""
+    (tmp_path / "text.db").write_text("something else" * 1000)
+    for name, meaning in (("text.db", "is no SQLite database"), ("nowhere/sessions.db", "cannot be opened")):
+        async with closing(SQLAlchemyBackend(f"sqlite+aiosqlite:///{tmp_path}/{name}")) as backend:
+            with pytest.raises(BackendUnavailable, match=f"{meaning}: check the URL"):
+                await backend.load(make_record().id, START)
+    await threads_ended()
 
 
 # servers that hang

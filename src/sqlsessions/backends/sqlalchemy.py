@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import random
+import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -601,15 +602,29 @@ async def _connected(taking: Awaitable[Connection]) -> Connection:
         # Before 2.1 SQLAlchemy passes on what asyncpg raises while connecting.
         if not hasattr(error, "sqlstate"):
             raise
-        raise _unreachable(error) from None
+        raise _typed(Fault(error, gone=True)) from None
 
 
 def _unsayable(what: str) -> BackendError:
     return BackendError(f"the record has a value that its column cannot hold ({what})")
 
 
+#: Why nobody is let in, and where to look: by SQLSTATE or SQLite's messages.
+_LOCKED_OUT = {
+    "3D000": "the server has no database of this name: check the URL",
+    "28000": "the server does not let this user in: check the URL, and the server's pg_hba.conf",
+    "28P01": "the server does not take this user's password: check the URL",
+    "53300": "the server has no connection left: check its max_connections",
+    "file is not a database": "the file is no SQLite database: check the URL",
+    "unable to open database file": "the SQLite file cannot be opened: check the URL, and the rights to its folder",
+}
+
+
 def _unreachable(error: Exception) -> BackendUnavailable:
-    return BackendUnavailable(f"no connection to the database ({type(error).__name__})")
+    name = type(error).__name__
+    if isinstance(error, socket.gaierror):
+        return BackendUnavailable(f"the name of the database's host is not known: check the URL ({name})")
+    return BackendUnavailable(f"no connection to the database ({name})")
 
 
 def _meant(error: Exception) -> BackendError | CorruptData:
@@ -653,7 +668,8 @@ def _typed(fault: Fault) -> BackendError | CorruptData:  # noqa: PLR0911 - a lin
     if state in {"57014", LOCKED} or "database is locked" in said:
         return BackendTimeout(f"the database did not finish in time ({what})")
     if fault.gone or state.startswith(("08", "28", "3D", "53", "57", "40")) or not state:
-        return BackendUnavailable(f"the database is not available ({what})")
+        signs = (meaning for sign, meaning in _LOCKED_OUT.items() if sign == state or sign in said)
+        return BackendUnavailable(f"{next(signs, 'the database is not available')} ({what})")
     return BackendError(f"the database refused the statement ({what})")
 
 
