@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Explained:
-    """A backend with one connection, and the plans of the statements sent since they were last cleared."""
+    """A backend, and the plans of the statements sent since they were last cleared."""
 
     backend: SQLAlchemyBackend
     plans: list[Plan]
@@ -130,13 +130,18 @@ async def test_users_sessions(explained: Explained) -> None:
     for _ in range(2):
         await explained.backend.delete_for_user(user, keep=id_of(ALIVE, ROWS))
     await explained.backend.delete_for_user("nobody")
-    assert len(plans) == 4
-    for plan in plans:
-        assert_by(plan, "web_sessions_user_id")
+    listing, *endings = plans
+    assert len(endings) == 3
+    assert_by(listing, "web_sessions_user_id")
+    for plan in endings:
+        # What is found is locked first, and then deleted.
+        assert plan.steps[:2] == ["ModifyTable", "LockRows"]
+        assert plan.steps[-1] == "Index Scan web_sessions_pkey"
+        assert_by(Plan(plan.steps[2:-1], plan.buffers), "web_sessions_user_id")
 
 
 #: How a purge finds the oldest; what is deleted comes behind it.
-FINDING = ["ModifyTable", "Limit", "Index Scan web_sessions_expires_at"]
+FINDING = ["ModifyTable", "Limit", "LockRows", "Index Scan web_sessions_expires_at"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 1_000, MAX_BATCH_SIZE])
@@ -144,16 +149,16 @@ async def test_purge(explained: Explained, batch_size: int) -> None:
     """A purge finds the oldest in the order of the expiry index, deletes by the primary key, and sorts nothing."""
     assert await explained.backend.purge(NOW, batch_size) == batch_size
     [plan] = explained.plans
-    assert plan.steps[:3] == FINDING
-    assert_by(Plan(plan.steps[3:], plan.buffers), "web_sessions_pkey")
+    assert plan.steps[:4] == FINDING
+    assert_by(Plan(plan.steps[4:], plan.buffers), "web_sessions_pkey")
 
 
 async def test_purge_of_nothing(explained: Explained) -> None:
     """A purge that finds nothing looks at the edge of the expiry index and is done."""
     [plan] = await explained.again(lambda backend: backend.purge(NOW - timedelta(days=365), MAX_BATCH_SIZE))
-    assert plan.steps[:3] == FINDING
+    assert plan.steps[:4] == FINDING
     # What would be deleted may be known by either, as the planner sees how few have expired.
-    assert plan.steps[3:] in (["Index Scan web_sessions_pkey"], ["Index Scan web_sessions_expires_at"])
+    assert plan.steps[4:] in (["Index Scan web_sessions_pkey"], ["Index Scan web_sessions_expires_at"])
     assert plan.buffers <= 3
 
 
@@ -242,7 +247,7 @@ async def explaining(url: str, mode: str) -> AsyncIterator[Explained]:
         plans.append(plan_in(message.message))
 
     event.listen(engine.sync_engine, "connect", lambda adapted, _: adapted.driver_connection.add_log_listener(note))
-    async with closing(SQLAlchemyBackend(engine, pool_size=1)) as backend:
+    async with closing(SQLAlchemyBackend(engine)) as backend:
         yield Explained(backend, plans)
 
 
