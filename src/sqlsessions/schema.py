@@ -26,9 +26,7 @@ DEFAULT_TABLE = "web_sessions"
 #: What any database takes unquoted, so short that ``alembic_version_<table>_pkc`` fits in PostgreSQL's 63 bytes.
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,42}", re.ASCII)
 
-
 _LAST_PORT = 65_535
-
 
 #: Sessions are updated far more often than inserted: room on the page keeps those updates HOT, early vacuums keep it.
 _STORAGE = (
@@ -334,7 +332,7 @@ def _forms(
     free = sa.select(other.c.id).where(condition(other))
     passing, prompt = (
         _telling(statement.where(_named(table), table.c.id == locked.scalar_subquery()), dialect)
-        for locked in (free.with_for_update(skip_locked=True), free.with_for_update(nowait=True))
+        for locked in _locking(free)
     )
     return Write(plain, passing, prompt, None if many is None else many(table))
 
@@ -350,10 +348,14 @@ def _of_those(ids: sa.Select[tuple[UUID]], dialect: str, plain: sa.Delete) -> Wr
         return Write(plain, plain, plain)
     # As in `_forms`: what has the lock stays as it was found.
     passing, prompt = (
-        sa.delete(plain.table).where(_chosen(dialect, plain.table.c.id, locked))
-        for locked in (ids.with_for_update(skip_locked=True), ids.with_for_update(nowait=True))
+        sa.delete(plain.table).where(_chosen(dialect, plain.table.c.id, locked)) for locked in _locking(ids)
     )
     return Write(plain, passing, prompt)
+
+
+def _locking(ids: sa.Select[tuple[UUID]]) -> tuple[sa.Select[tuple[UUID]], sa.Select[tuple[UUID]]]:
+    """Return *ids*, locking what they find: passing over what somebody else has locked, and failing on it."""
+    return ids.with_for_update(skip_locked=True), ids.with_for_update(nowait=True)
 
 
 #: The parameters of `Statements.replace_data` of which `columns` makes those of its `many`.
